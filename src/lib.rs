@@ -1,0 +1,31 @@
+//! # Peregrine
+//!
+//! A hand-written CUDA engine for Falcon-7B-Instruct GPTQ (4 bit, group 64): one model, one GPU, no framework.
+//!
+//! ```text
+//!  files --checkpoint--> tensor views --repack--> one int4 layout --weights--> device --+
+//!  text --tokenizer--> token ids -----------------------------------> engine --> forward --> logits --> sampler --> token id --> text
+//!                                                     kv cache, scratch ---^       |
+//!              32 x { norm -> [qkv ; up] -> rope + kv append -> attention, gelu -> [down | dense] -> + residual } -> norm -> head
+//! ```
+//!
+//! A module uses only what stands left of it:
+//!
+//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
+//! `engine` < the program; `sampler, tokenizer, prompt` rest on `layout, error` only.
+
+pub mod checkpoint;
+pub mod config;
+pub mod cpu;
+pub mod engine;
+pub mod error;
+pub mod inspect;
+pub mod layout;
+pub mod prompt;
+pub mod reference;
+pub mod repack;
+pub mod sampler;
+pub mod synth;
+pub mod tokenizer;
+
+pub use error::{Error, Result};

@@ -1,0 +1,2 @@
+//! The `peregrine` program.
+fn main() {}
