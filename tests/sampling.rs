@@ -166,6 +166,15 @@ fn greedy_takes_the_largest_and_of_equals_the_lowest_id() {
 }
 
 #[test]
+fn sampled_ties_go_to_the_lowest_id() {
+    // At scores of 6e8 an f32 has no digits left for the random number: ids 1 and 2 tie at every position.
+    let sampling = Sampling::default().temperature(1e-4);
+    for position in 0..50 {
+        assert_eq!(sample(&[0.0, 60000.0, 60000.0], &vec![0; position], &sampling).unwrap().id, 1);
+    }
+}
+
+#[test]
 fn logprob_is_of_the_model_s_own_distribution() {
     let logits = logits_of(&[0.25, 0.5, 0.125, 0.125]);
     // The penalty moves the choice to id 0, temperature and top-k would change its probability: neither counts.
