@@ -63,9 +63,14 @@ fn locate_file(path: &Path) -> Result<Location> {
 /// Last component of a folder, or the hub name when the folder is a snapshot of the cache.
 fn folder_name(folder: &Path) -> String {
     let full = folder.canonicalize().unwrap_or_else(|_| folder.to_owned());
-    let cached =
-        full.ancestors().nth(1).filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
-    cached.unwrap_or(&full).file_name().unwrap_or_default().to_string_lossy().replace("--", "/")
+    let last = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    match full.parent() {
+        Some(snapshots) if snapshots.ends_with("snapshots") => {
+            let repository = snapshots.parent().map(last).unwrap_or_default();
+            repository.strip_prefix("models--").unwrap_or(&repository).replacen("--", "/", 1)
+        }
+        _ => last(&full),
+    }
 }
 
 /// `owner/name` of letters, digits, `.`, `_` and `-`, as the hub allows.
