@@ -55,7 +55,8 @@ pub fn layernorm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<f
     y
 }
 
-/// The matrix a GPTQ tensor stands for: [n, k], each weight rounded once to f16 as AutoGPTQ does.
+/// The matrix a GPTQ tensor stands for: [n, k], each weight `scale * (code - zero)` exactly, which f32 can hold.
+/// Rounded once to f16 it is the weight AutoGPTQ computes with in f16.
 #[must_use]
 pub fn dequantize(w: &GptqTensor<'_>) -> Vec<f32> {
     let mut out = vec![0.0; w.n * w.k];
@@ -226,11 +227,9 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
-/// A weight as AutoGPTQ computes it: an f16 scale times a small integer, rounded once to f16. (A scale stored as
-/// F32 is rounded to f16 first: AutoGPTQ loads scales into f16 buffers.)
+/// Exact: 11 bits of an f16 scale times 5 bits of an integer.
 fn weight(scale: f32, zero: u8, code: u8) -> f32 {
-    let scale = f16_to_f32(f32_to_f16(scale));
-    f16_to_f32(f32_to_f16(scale * (f32::from(code) - f32::from(zero))))
+    scale * (f32::from(code) - f32::from(zero))
 }
 
 fn word_at(bytes: &[u8], i: usize) -> u32 {
@@ -254,10 +253,9 @@ fn zero_at(w: &GptqTensor<'_>, g: usize, n: usize) -> u8 {
     (stored + w.zero_offset) & 15
 }
 
+/// In f16, as the device holds it and as AutoGPTQ loads it, whatever the file stores it as.
 fn scale_at(w: &GptqTensor<'_>, g: usize, n: usize) -> f32 {
-    let mut scale = [0.0];
-    read_floats(&w.scales, g * w.n + n, &mut scale);
-    scale[0]
+    f16_to_f32(f32_to_f16(w.scales.get(g * w.n + n)))
 }
 
 /// The given columns of [`gptq_matmul`]'s result: [m, columns].
@@ -294,52 +292,39 @@ fn matmul_columns(x: &[f32], w: &GptqTensor<'_>, columns: Range<usize>) -> Vec<f
     y
 }
 
-/// Dequantised weights [inputs, columns] of some columns. Rounding to f16 is what costs, so the 16 values a group's
-/// codes can mean are worked out once a group and column.
+/// Dequantised weights of some columns, a few inputs at a time. In f64, because that is what they are multiplied in.
 struct Tile<'a, 'w> {
     matrix: &'a GptqTensor<'w>,
     columns: Range<usize>,
-    /// [TILE_INPUTS, columns], f64 because that is what they are multiplied in.
+    /// [groups, columns]
+    scales: Vec<f64>,
+    /// [groups, columns]
+    zeros: Vec<f64>,
+    /// [TILE_INPUTS, columns]
     weights: Vec<f64>,
-    /// [columns, 16]: the values of the codes in group `table_group`.
-    table: Vec<f64>,
-    table_group: Option<usize>,
 }
 
 impl<'a, 'w> Tile<'a, 'w> {
     fn new(matrix: &'a GptqTensor<'w>, columns: Range<usize>) -> Self {
-        let (weights, table) = (vec![0.0; TILE_INPUTS * columns.len()], vec![0.0; columns.len() * 16]);
-        Tile { matrix, columns, weights, table, table_group: None }
+        let (mut scales, mut zeros) = (Vec::new(), Vec::new());
+        for group in 0..matrix.k.div_ceil(matrix.group_size) {
+            scales.extend(columns.clone().map(|n| f64::from(scale_at(matrix, group, n))));
+            zeros.extend(columns.clone().map(|n| f64::from(zero_at(matrix, group, n))));
+        }
+        let weights = vec![0.0; TILE_INPUTS * columns.len()];
+        Tile { matrix, columns, scales, zeros, weights }
     }
 
-    /// Dequantises the weights of `inputs`: at most TILE_INPUTS of them, from a multiple of 8 on.
+    /// Dequantises the weights of `inputs`, at most TILE_INPUTS of them.
     fn fill(&mut self, inputs: Range<usize>) {
-        let (w, width) = (self.matrix, self.columns.len());
-        for (word_row, weights) in
-            (inputs.start / 8..inputs.end / 8).zip(self.weights.chunks_exact_mut(8 * width))
-        {
-            let groups: [usize; 8] = std::array::from_fn(|i| group_of(w, word_row * 8 + i));
-            let one_group = groups.iter().all(|&g| g == groups[0]);
-            if one_group && self.table_group != Some(groups[0]) {
-                self.table_group = Some(groups[0]);
-                for (column, values) in self.columns.clone().zip(self.table.chunks_exact_mut(16)) {
-                    let (scale, zero) = (scale_at(w, groups[0], column), zero_at(w, groups[0], column));
-                    for (code, value) in values.iter_mut().enumerate() {
-                        *value = f64::from(weight(scale, zero, code as u8));
-                    }
-                }
-            }
-            for (c, column) in self.columns.clone().enumerate() {
-                let word = word_at(w.qweight, word_row * w.n + column);
-                for (i, &g) in groups.iter().enumerate() {
-                    let code = word >> (4 * i) & 15;
-                    weights[i * width + c] = if one_group {
-                        self.table[c * 16 + code as usize]
-                    } else {
-                        // Act-order: neighbours belong to different groups, a table would serve one code.
-                        f64::from(weight(scale_at(w, g, column), zero_at(w, g, column), code as u8))
-                    };
-                }
+        let width = self.columns.len();
+        for (k, weights) in inputs.zip(self.weights.chunks_exact_mut(width)) {
+            let group = group_of(self.matrix, k) * width;
+            let (scales, zeros) = (&self.scales[group..][..width], &self.zeros[group..][..width]);
+            for (((weight, n), scale), zero) in
+                weights.iter_mut().zip(self.columns.clone()).zip(scales).zip(zeros)
+            {
+                *weight = scale * (f64::from(code_at(self.matrix, k, n)) - zero);
             }
         }
     }
