@@ -317,14 +317,14 @@ impl<'a, 'w> Tile<'a, 'w> {
 
     /// Dequantises the weights of `inputs`, at most TILE_INPUTS of them.
     fn fill(&mut self, inputs: Range<usize>) {
-        let width = self.columns.len();
+        let (w, width) = (self.matrix, self.columns.len());
         for (k, weights) in inputs.zip(self.weights.chunks_exact_mut(width)) {
-            let group = group_of(self.matrix, k) * width;
+            let group = group_of(w, k) * width;
             let (scales, zeros) = (&self.scales[group..][..width], &self.zeros[group..][..width]);
-            for (((weight, n), scale), zero) in
-                weights.iter_mut().zip(self.columns.clone()).zip(scales).zip(zeros)
-            {
-                *weight = scale * (f64::from(code_at(self.matrix, k, n)) - zero);
+            let words = w.qweight[4 * (k / 8 * w.n + self.columns.start)..].chunks_exact(4);
+            for (((weight, b), scale), zero) in weights.iter_mut().zip(words).zip(scales).zip(zeros) {
+                let code = u32::from_le_bytes([b[0], b[1], b[2], b[3]]) >> (4 * (k % 8)) & 15;
+                *weight = scale * (f64::from(code as i32) - zero);
             }
         }
     }
