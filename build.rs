@@ -1,2 +1,203 @@
-//! Compiles `cuda/*.cu` and binds `cuda/kernels.h`.
-fn main() {}
+//! Compiles `cuda/*.cu` with nvcc and turns `cuda/kernels.h` into Rust. Without the feature `cuda` it does nothing.
+//!
+//! - nvcc is `$NVCC`, or in `$CUDA_HOME/bin`, on the PATH, or where `make cuda` puts it (`.cuda/`).
+//! - Each `.cu` is an object of its own and is compiled again only when it, a header or the flags changed.
+//! - `PEREGRINE_CUDA_ARCH` (for example `90a` or `80,90a`) overrides the targets sm_80 and sm_90a.
+//! - What ptxas says of registers and spills lies in `$OUT_DIR/<op>.ptxas.txt`, its path in `PEREGRINE_PTXAS_DIR`.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "cuda")]
+    if let Err(message) = cuda::build() {
+        println!("cargo:warning={message}");
+        eprintln!("error: {message}");
+        std::process::exit(1);
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cuda {
+    use std::collections::hash_map::DefaultHasher;
+    use std::env;
+    use std::fs;
+    use std::hash::{Hash, Hasher};
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    type Result<T> = std::result::Result<T, String>;
+
+    /// sm_80 runs on every GPU from Ampere on, sm_90a is tuned for Hopper; the PTX covers what comes later.
+    const DEFAULT_ARCHS: &str = "80,90a";
+    const REMEDY: &str = "run `make cuda` to get it, set CUDA_HOME, or build without the GPU: `cargo build --no-default-features --features cli,demo`";
+
+    pub(crate) fn build() -> Result<()> {
+        for variable in ["NVCC", "CUDA_HOME", "PEREGRINE_CUDA_ARCH", "LIBCLANG_PATH"] {
+            println!("cargo:rerun-if-env-changed={variable}");
+        }
+        println!("cargo:rerun-if-changed=cuda");
+        let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").map_err(|e| e.to_string())?);
+        let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
+        bind(&root, &out)?;
+        let nvcc = find_nvcc(&root)?;
+        let objects = compile(&root, &out, &nvcc)?;
+        cc::Build::new().objects(&objects).cargo_metadata(true).compile("peregrine_kernels");
+        link_runtime(&nvcc)?;
+        println!("cargo:rustc-env=PEREGRINE_PTXAS_DIR={}", out.display());
+        Ok(())
+    }
+
+    fn find_nvcc(root: &Path) -> Result<PathBuf> {
+        let mut candidates = Vec::new();
+        if let Some(nvcc) = env::var_os("NVCC") {
+            candidates.push(PathBuf::from(nvcc));
+        }
+        if let Some(home) = env::var_os("CUDA_HOME") {
+            candidates.push(PathBuf::from(home).join("bin/nvcc"));
+        }
+        if let Some(path) = env::var_os("PATH") {
+            candidates.extend(env::split_paths(&path).map(|folder| folder.join("nvcc")));
+        }
+        candidates.push(root.join(".cuda/nvidia/cu13/bin/nvcc"));
+        candidates.into_iter().find(|nvcc| nvcc.is_file()).ok_or(format!("no nvcc found: {REMEDY}"))
+    }
+
+    /// The gencode flags: machine code for each target, PTX of the first for GPUs newer than all of them.
+    fn targets() -> Result<Vec<String>> {
+        let list = env::var("PEREGRINE_CUDA_ARCH").unwrap_or_else(|_| DEFAULT_ARCHS.into());
+        let archs: Vec<&str> = list.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
+        let valid = |a: &str| a.trim_end_matches(['a', 'f']).parse::<u32>().is_ok_and(|n| n >= 80);
+        match archs.iter().find(|a| !valid(a)) {
+            Some(bad) => return Err(format!("PEREGRINE_CUDA_ARCH: `{bad}` is no target from 80 on; wanted e.g. 80,90a")),
+            None if archs.is_empty() => return Err("PEREGRINE_CUDA_ARCH is empty; wanted e.g. 80,90a".into()),
+            None => {}
+        }
+        let mut flags: Vec<String> =
+            archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+        if !archs[0].ends_with(['a', 'f']) {
+            flags.push(format!("-gencode=arch=compute_{0},code=compute_{0}", archs[0]));
+        }
+        Ok(flags)
+    }
+
+    /// Compiles what is out of date, on as many threads as cargo allows; gives all objects.
+    fn compile(root: &Path, out: &Path, nvcc: &Path) -> Result<Vec<PathBuf>> {
+        let mut flags: Vec<String> = "-std=c++17 -O3 -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fno-exceptions,-fno-threadsafe-statics"
+            .split(' ')
+            .map(Into::into)
+            .collect();
+        flags.extend(targets()?);
+
+        let mut headers = DefaultHasher::new();
+        let mut sources = Vec::new();
+        let mut entries: Vec<PathBuf> = fs::read_dir(root.join("cuda"))
+            .and_then(|dir| dir.map(|entry| entry.map(|e| e.path())).collect())
+            .map_err(|e| format!("cuda/: {e}"))?;
+        entries.sort();
+        for path in entries {
+            match path.extension().and_then(|e| e.to_str()) {
+                Some("cu") => sources.push(path),
+                Some("h" | "cuh") => read(&path)?.hash(&mut headers),
+                _ => {}
+            }
+        }
+        let common = (headers.finish(), &flags, nvcc.to_path_buf());
+
+        let mut stale = Vec::new();
+        let mut objects = Vec::new();
+        for source in sources {
+            let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let mut hash = DefaultHasher::new();
+            (&common, read(&source)?).hash(&mut hash);
+            let stamp = format!("{:016x}", hash.finish());
+            let object = out.join(format!("{name}.o"));
+            let stamp_file = out.join(format!("{name}.stamp"));
+            if !object.is_file() || fs::read_to_string(&stamp_file).unwrap_or_default() != stamp {
+                stale.push((source, name, object.clone(), stamp_file, stamp));
+            }
+            objects.push(object);
+        }
+        let jobs = env::var("NUM_JOBS").ok().and_then(|j| j.parse().ok()).unwrap_or(1usize).max(1);
+        let queue = std::sync::Mutex::new(stale);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs)
+                .map(|_| {
+                    scope.spawn(|| -> Result<()> {
+                        loop {
+                            let job = queue.lock().map_err(|e| e.to_string())?.pop();
+                            let Some((source, name, object, stamp_file, stamp)) = job else { return Ok(()) };
+                            compile_one(nvcc, &flags, &source, &object, &out.join(format!("{name}.ptxas.txt")))?;
+                            fs::write(&stamp_file, stamp).map_err(|e| e.to_string())?;
+                        }
+                    })
+                })
+                .collect();
+            workers.into_iter().try_for_each(|w| w.join().map_err(|_| "a compile thread panicked".to_string())?)
+        })?;
+        Ok(objects)
+    }
+
+    fn read(path: &Path) -> Result<Vec<u8>> {
+        fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    fn compile_one(nvcc: &Path, flags: &[String], source: &Path, object: &Path, report: &Path) -> Result<()> {
+        let output = Command::new(nvcc)
+            .args(flags)
+            .arg("-c")
+            .arg(source)
+            .arg("-o")
+            .arg(object)
+            .output()
+            .map_err(|e| format!("{}: {e}: {REMEDY}", nvcc.display()))?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        fs::write(report, text.as_bytes()).map_err(|e| e.to_string())?;
+        if output.status.success() {
+            return Ok(());
+        }
+        eprintln!("{}{text}", String::from_utf8_lossy(&output.stdout));
+        Err(format!("nvcc could not compile {}", source.display()))
+    }
+
+    /// The static CUDA runtime: the program then needs the driver alone, and that only when it uses the GPU.
+    fn link_runtime(nvcc: &Path) -> Result<()> {
+        let real = fs::canonicalize(nvcc).map_err(|e| e.to_string())?;
+        let home = real.parent().and_then(Path::parent).ok_or("nvcc lies in no toolkit")?;
+        let folders = ["lib64", "lib", "targets/x86_64-linux/lib"];
+        let folder = folders.iter().map(|f| home.join(f)).find(|f| f.join("libcudart_static.a").is_file());
+        let folder = folder.ok_or(format!("no libcudart_static.a beside {}: {REMEDY}", nvcc.display()))?;
+        println!("cargo:rustc-link-search=native={}", folder.display());
+        println!("cargo:rustc-link-lib=static=cudart_static");
+        for library in ["rt", "dl", "pthread"] {
+            println!("cargo:rustc-link-lib=dylib={library}");
+        }
+        Ok(())
+    }
+
+    /// `cuda/kernels.h` -> `$OUT_DIR/kernels.rs`.
+    #[allow(unsafe_code)] // set_var
+    fn bind(root: &Path, out: &Path) -> Result<()> {
+        let wheel = root.join(".cuda/clang/native");
+        if env::var_os("LIBCLANG_PATH").is_none() && wheel.join("libclang.so").is_file() {
+            // SAFETY: this program is still single-threaded: `build` calls `bind` before it starts any thread.
+            unsafe { env::set_var("LIBCLANG_PATH", wheel) };
+        }
+        // libclang from a wheel has no headers of its own; the host compiler's will do for <stdint.h>.
+        let include = Command::new("gcc").arg("-print-file-name=include").output();
+        let include = include.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default();
+        let made = std::panic::catch_unwind(|| {
+            bindgen::Builder::default()
+                .header(root.join("cuda/kernels.h").to_string_lossy())
+                .clang_arg(format!("-isystem{include}"))
+                .allowlist_file(".*kernels\\.h")
+                .derive_default(true)
+                .derive_debug(false)
+                .layout_tests(true)
+                .generate()
+        });
+        match made {
+            Ok(Ok(bindings)) => bindings.write_to_file(out.join("kernels.rs")).map_err(|e| e.to_string()),
+            Ok(Err(e)) => Err(format!("cuda/kernels.h: {e}")),
+            Err(_) => Err(format!("bindgen found no libclang: {REMEDY}")),
+        }
+    }
+}

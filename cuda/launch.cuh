@@ -1,0 +1,50 @@
+// launch — how every launcher starts its kernel, and what a kernel says about its neighbours in the stream.
+//
+// Programmatic dependent launch (sm_90, Launch::overlap = 1): a kernel may begin while its predecessor drains. Each kernel
+//   1. calls overlap_next() at its top, so that its successor may be brought up as soon as SMs have room;
+//   2. may prefetch what no kernel writes (weights);
+//   3. calls wait_previous() in EVERY block, also in one with nothing to do, before it touches anything another kernel wrote
+//      or reads. A block that left without waiting would let its grid complete before the grid in front of it has, and the
+//      grid after the next would then see unfinished data.
+// On sm_80 both are empty and the stream orders the kernels.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+#include "kernels.h"
+
+__device__ __forceinline__ void overlap_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Bytes of dynamic shared memory a kernel gets without asking.
+constexpr size_t DEFAULT_SMEM_BYTES = 48 * 1024;
+
+template <typename Params>
+int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_bytes, const Launch* l, const Params& p) {
+    if (smem_bytes > DEFAULT_SMEM_BYTES) {
+        cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes);
+        if (e != cudaSuccess) return (int32_t)e;
+    }
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = (cudaStream_t)l->stream;
+    config.attrs = &overlap;
+    config.numAttrs = l->overlap ? 1 : 0;
+    cudaError_t e = cudaLaunchKernelEx(&config, kernel, p);
+    // Clears the sticky copy of a launch error, so that the next launcher does not report it again.
+    cudaError_t last = cudaGetLastError();
+    return (int32_t)(e != cudaSuccess ? e : last);
+}

@@ -1,0 +1,114 @@
+// units — the one layout of quantised weights, and the PTX instructions every matrix kernel is made of.
+//
+// A unit is 16 output rows x 64 inputs. A matrix [n, k] is [n / 16 row tiles][k / 64] units, so a row tile, or any run of
+// units of it, is one contiguous piece of memory.
+//
+//   byte 0      codes, 512 bytes: lane l of a warp owns bytes 16 l .. 16 l + 15 = four words, word s for k16 step s
+//   byte 512    scales, 8 x half2 (row g, row g + 8), g = 0..7; with scales_per_row 2 another 8 for inputs 32..63
+//   then        zero points as f16 in the same order, only when has_zeros
+//
+// 512 + 32 bytes is 17 sectors of 32 bytes: a unit never shares a sector with its neighbour.
+//
+// Word s of lane l, g = l / 4, q = l % 4, k counted from 16 s (lowest nibble right):
+//
+//     nibble    7            6         5            4         3            2         1            0
+//            (g+8,2q+9)  (g,2q+9)  (g+8,2q+1)  (g,2q+1)  (g+8,2q+8)  (g,2q+8)  (g+8,2q)    (g,2q)
+//
+// so that masks alone give the four A registers of mma.m16n8k16, two f16 each:
+//     a0 = w & 0x000f000f          row g,     k 2q, 2q+1     the f16 subnormal code x 2^-24
+//     a1 = w & 0x00f000f0          row g + 8, k 2q, 2q+1     code x 2^-20
+//     a2 = w >> 8 & 0x000f000f     row g,     k 2q+8, 2q+9
+//     a3 = w >> 8 & 0x00f000f0     row g + 8, k 2q+8, 2q+9
+// Row g has one power of two and row g + 8 another, which are the two halves of an accumulator. The same registers are
+// wgmma's A operand. Whether the tensor core keeps subnormals is checked at start-up (unpack_check.cu).
+//
+// Weight = scale x (code - zero). The zero point is the plain one (8 when symmetric), not AutoGPTQ's stored zero minus one.
+//
+// An f16 unit (embedding, head) is 2048 bytes: step s, lane l at byte 512 s + 16 l: the four A registers as they are.
+#pragma once
+#include <cuda_fp16.h>
+#include <stdint.h>
+#include "kernels.h"
+
+constexpr int UNIT_ROWS = PEREGRINE_UNIT_ROWS;
+constexpr int UNIT_INPUTS = PEREGRINE_UNIT_INPUTS;
+constexpr int UNIT_CODE_BYTES = UNIT_ROWS * UNIT_INPUTS / 2;
+constexpr int UNIT_SCALE_BYTES = UNIT_ROWS * 2;
+constexpr int TABLE_UNIT_BYTES = UNIT_ROWS * UNIT_INPUTS * 2;
+constexpr int STEPS = UNIT_INPUTS / 16;  // k16 steps of a unit
+
+constexpr float CODE_LOW_SCALE = 16777216.f;  // 2^24: undoes the subnormal of rows g
+constexpr float CODE_HIGH_SCALE = 1048576.f;  // 2^20: and of rows g + 8
+
+// Bytes of a unit with SCALES scales a row, and zero points or not.
+template <int SCALES, bool ZEROS>
+__host__ __device__ constexpr int unit_bytes() { return UNIT_CODE_BYTES + UNIT_SCALE_BYTES * SCALES * (ZEROS ? 2 : 1); }
+
+// The four A registers of step word w, codes as f16 subnormals.
+__device__ __forceinline__ void unpack_subnormal(uint32_t w, uint32_t a[4]) {
+    a[0] = w & 0x000f000fu;
+    a[1] = w & 0x00f000f0u;
+    a[2] = (w >> 8) & 0x000f000fu;
+    a[3] = (w >> 8) & 0x00f000f0u;
+}
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8]; lane l holds c rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2 (l%4), + 1.
+__device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Four 8x8 f16 matrices; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void ldmatrix(uint32_t r[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t r[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// 16 bytes global -> shared; zeros are written instead when !valid (the address is then not read).
+__device__ __forceinline__ void cp_async(uint32_t smem, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// Weights are read once a step: keep them from displacing activations in L1 and, as far as the hint goes, in L2.
+__device__ __forceinline__ uint4 load_weights(const uint8_t* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ __half2 load_scales(const uint8_t* p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return *reinterpret_cast<__half2*>(&v);
+}
+
+// GELU, the exact erf form.
+__device__ __forceinline__ float gelu(float v) { return 0.5f * v * (1.f + erff(v * 0.70710678118654752f)); }
+
+// Where a row's sum goes; see GptqOutput.
+__device__ __forceinline__ void store_output(const GptqOutput& y, uint32_t n, uint32_t tokens, uint32_t slice, uint32_t m,
+                                             uint32_t row, float sum) {
+    if (y.partials) {
+        y.partials[((size_t)slice * tokens + m) * n + row] = sum;
+        return;
+    }
+    if (y.bias) sum += y.bias[row];
+    if (y.residual) {
+        y.residual[(size_t)m * n + row] += sum;
+    } else if (row < y.split_row) {
+        y.out[(size_t)m * y.out_stride + row] = __half_as_ushort(__float2half_rn(sum));
+    } else {
+        y.gelu_out[(size_t)m * y.gelu_stride + row - y.split_row] = __half_as_ushort(__float2half_rn(gelu(sum)));
+    }
+}

@@ -1,0 +1,159 @@
+//! The two devices behind one set of methods: an enum and a `match`, because there will not be a third.
+
+use std::sync::Arc;
+
+use super::{LoadOptions, MemoryUse};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::cpu::{CpuModel, CpuTimeline};
+use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::forward::{CudaModel, CudaTimeline};
+use crate::layout::HEAD_DIM;
+use crate::reference;
+use crate::sampler::{Sampled, Sampling};
+
+/// Where a model runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Device {
+    /// The first GPU if it can be used, else the CPU.
+    #[default]
+    Auto,
+    /// The reference implementation.
+    Cpu,
+    /// The GPU of this number, counted as the CUDA driver counts.
+    Cuda(usize),
+}
+
+/// A model on its device.
+pub(super) enum Model {
+    Cpu(Arc<CpuModel>),
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<CudaModel>),
+}
+
+impl Model {
+    /// Loads `checkpoint`; the text is why `Auto` fell back to the CPU.
+    pub(super) fn load(
+        checkpoint: &Arc<Checkpoint>,
+        options: &LoadOptions,
+    ) -> Result<(Model, Option<String>)> {
+        let cpu = || Ok(Model::Cpu(Arc::new(CpuModel::load(Arc::clone(checkpoint))?)));
+        match options.device {
+            Device::Cpu => Ok((cpu()?, None)),
+            Device::Cuda(ordinal) => Ok((Model::load_cuda(checkpoint, ordinal, options)?, None)),
+            Device::Auto => match Model::load_cuda(checkpoint, 0, options) {
+                Ok(model) => Ok((model, None)),
+                Err(Error::NoGpu(reason)) => Ok((cpu()?, Some(reason))),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn load_cuda(checkpoint: &Checkpoint, ordinal: usize, options: &LoadOptions) -> Result<Model> {
+        Ok(Model::Cuda(Arc::new(CudaModel::load(checkpoint, ordinal, options.progress)?)))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn load_cuda(_: &Checkpoint, ordinal: usize, _: &LoadOptions) -> Result<Model> {
+        Err(Error::NoGpu(format!(
+            "cuda:{ordinal}: this build has no CUDA; build with --features cuda, or use the CPU"
+        )))
+    }
+
+    pub(super) fn device_name(&self) -> String {
+        match self {
+            Model::Cpu(_) => format!("cpu (reference, {} threads)", reference::threads()),
+            #[cfg(feature = "cuda")]
+            Model::Cuda(model) => model.device_name(),
+        }
+    }
+
+    pub(super) fn memory(&self, config: &ModelConfig) -> MemoryUse {
+        let kv_values_per_token = (2 * HEAD_DIM * config.num_layers) as u64;
+        match self {
+            Model::Cpu(model) => MemoryUse {
+                weight_bytes: model.weight_bytes(),
+                kv_bytes_per_token: kv_values_per_token * 4,
+                gpu_used_bytes: None,
+            },
+            #[cfg(feature = "cuda")]
+            Model::Cuda(model) => MemoryUse {
+                weight_bytes: model.memory(),
+                kv_bytes_per_token: kv_values_per_token * 2,
+                gpu_used_bytes: None,
+            },
+        }
+    }
+
+    pub(super) fn timeline(&self, max_context: usize) -> Result<Timeline> {
+        match self {
+            Model::Cpu(model) => Ok(Timeline::Cpu(CpuTimeline::new(Arc::clone(model), max_context)?)),
+            #[cfg(feature = "cuda")]
+            Model::Cuda(model) => Ok(Timeline::Cuda(CudaTimeline::new(Arc::clone(model), max_context)?)),
+        }
+    }
+}
+
+/// One sequence on its device; see [`CpuTimeline`] for what the methods do.
+pub(super) enum Timeline {
+    Cpu(CpuTimeline),
+    #[cfg(feature = "cuda")]
+    Cuda(CudaTimeline),
+}
+
+impl Timeline {
+    pub(super) fn position(&self) -> usize {
+        match self {
+            Timeline::Cpu(timeline) => timeline.position(),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.position(),
+        }
+    }
+
+    pub(super) fn rewind(&mut self, position: usize) -> Result<()> {
+        match self {
+            Timeline::Cpu(timeline) => timeline.rewind(position),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.rewind(position),
+        }
+    }
+
+    pub(super) fn prefill(&mut self, ids: &[u32]) -> Result<()> {
+        match self {
+            Timeline::Cpu(timeline) => timeline.prefill(ids),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.prefill(ids),
+        }
+    }
+
+    pub(super) fn logits(
+        &mut self,
+        ids: &[u32],
+        token_by_token: bool,
+        sink: &mut dyn FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
+        match self {
+            Timeline::Cpu(timeline) => timeline.logits(ids, token_by_token, sink),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.logits(ids, token_by_token, sink),
+        }
+    }
+
+    pub(super) fn begin(&mut self, sampling: &Sampling, history: &[u32]) -> Result<()> {
+        match self {
+            Timeline::Cpu(timeline) => timeline.begin(sampling, history),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.begin(sampling, history),
+        }
+    }
+
+    pub(super) fn next(&mut self) -> Result<Sampled> {
+        match self {
+            Timeline::Cpu(timeline) => timeline.next(),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.next(),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! One GPU and the streams work is put on.
+//!
+//! The driver is loaded at run time: without it, [`Gpu::open`] says so in one line and nothing else of this module can be
+//! reached. cudarc's own entry points panic when libcuda is missing, so its presence is asked for first.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUresult, is_culib_present};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
+
+use crate::error::{Error, Result};
+
+/// The oldest GPU there are kernels for (Ampere), as major * 10 + minor.
+const MIN_CAPABILITY: i32 = 80;
+/// The first GPU with programmatic dependent launch (Hopper).
+const OVERLAP_CAPABILITY: i32 = 90;
+/// The CUDA version whose runtime is linked in: the driver must be at least this new.
+const MIN_DRIVER: &str = "580 (CUDA 13.0)";
+
+/// Turns a driver's code into this crate's error; `op` is what was being done.
+pub(super) fn driver_error(op: &str, error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+            Error::OutOfGpuMemory { what: op.into(), needed_bytes: 0, free_bytes: None }
+        }
+        // The enum's name alone: formatting a DriverError calls into the driver, which may be what failed.
+        code => Error::Cuda { op: op.into(), what: format!("the CUDA driver said {code:?}") },
+    }
+}
+
+/// An opened GPU.
+#[derive(Clone)]
+pub struct Gpu {
+    pub(super) context: Arc<CudaContext>,
+    name: String,
+    capability: i32,
+}
+
+impl Gpu {
+    /// Opens GPU `ordinal` of those `CUDA_VISIBLE_DEVICES` leaves.
+    ///
+    /// # Errors
+    /// [`Error::NoGpu`] if there is no driver, it is too old, or there is no such GPU or one older than sm_80.
+    #[allow(unsafe_code)]
+    pub fn open(ordinal: usize) -> Result<Gpu> {
+        // SAFETY: loading libcuda runs its initialisers, which NVIDIA ships to be loaded by any program.
+        if !unsafe { is_culib_present() } {
+            return Err(Error::NoGpu(format!(
+                "no CUDA driver: libcuda.so was not found; install an NVIDIA driver {MIN_DRIVER} or newer, or use --device cpu"
+            )));
+        }
+        let no_gpu = |e: DriverError| match e.0 {
+            CUresult::CUDA_ERROR_NO_DEVICE => Error::NoGpu("no NVIDIA GPU was found; use --device cpu".into()),
+            CUresult::CUDA_ERROR_STUB_LIBRARY => Error::NoGpu(
+                "the libcuda.so found is a toolkit's stub, not a driver; take the stubs folder off LD_LIBRARY_PATH".into(),
+            ),
+            CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH | CUresult::CUDA_ERROR_INVALID_PTX => {
+                Error::NoGpu(format!("the NVIDIA driver is too old: wanted {MIN_DRIVER} or newer"))
+            }
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Error::OutOfGpuMemory { what: "the CUDA context".into(), needed_bytes: 0, free_bytes: None }
+            }
+            code => Error::NoGpu(format!("cannot use GPU {ordinal}: the CUDA driver said {code:?}")),
+        };
+        let count = CudaContext::device_count().map_err(no_gpu)?;
+        if usize::try_from(count).unwrap_or(0) <= ordinal {
+            return Err(Error::NoGpu(format!("there is no GPU {ordinal}: the driver shows {count}")));
+        }
+        let context = CudaContext::new(ordinal).map_err(no_gpu)?;
+        let (major, minor) = context.compute_capability().map_err(no_gpu)?;
+        let name = context.name().map_err(no_gpu)?;
+        let capability = major * 10 + minor;
+        if capability < MIN_CAPABILITY {
+            return Err(Error::NoGpu(format!(
+                "{name} is sm_{capability}: the kernels need sm_{MIN_CAPABILITY} (Ampere) or newer; use --device cpu"
+            )));
+        }
+        // SAFETY: every buffer is used on the stream it was allocated on, or after that stream was synchronised
+        // (`CudaModel::load` ends with `Stream::synchronize`; a timeline synchronises its stream before it is dropped).
+        unsafe { context.disable_event_tracking() };
+        Ok(Gpu { context, name, capability })
+    }
+
+    /// For example `NVIDIA H200`.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Free and total bytes of GPU memory.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let (free, total) = self.context.mem_get_info().map_err(|e| driver_error("reading the GPU's memory", e))?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Streaming multiprocessors: 132 on an H200.
+    pub fn multiprocessors(&self) -> Result<usize> {
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = self.context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// A new stream. Its kernels may overlap with their predecessors where the GPU can do that.
+    pub fn stream(&self) -> Result<Stream> {
+        let inner = self.context.new_stream().map_err(|e| driver_error("making a stream", e))?;
+        let debug = crate::trace::switches();
+        Ok(Stream { inner, overlap: self.capability >= OVERLAP_CAPABILITY && !debug.sync, sync: debug.sync })
+    }
+}
+
+/// A queue of work on one GPU.
+pub struct Stream {
+    pub(super) inner: Arc<CudaStream>,
+    /// Launch kernels with programmatic dependent launch.
+    pub(super) overlap: bool,
+    /// `PEREGRINE_SYNC=1`: wait after every launch, so that a fault names its op.
+    pub(super) sync: bool,
+}
+
+/// A point in a stream that can be waited for.
+pub struct Event(CudaEvent);
+
+impl Stream {
+    /// Waits until everything queued is done.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if a kernel failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.inner.synchronize().map_err(|e| driver_error("waiting for the GPU", e))
+    }
+
+    /// Marks the end of what is queued so far. `timed` events measure time.
+    pub fn record(&self, timed: bool) -> Result<Event> {
+        let flags = if timed { CUevent_flags::CU_EVENT_DEFAULT } else { CUevent_flags::CU_EVENT_DISABLE_TIMING };
+        let event = self.inner.context().new_event(Some(flags)).map_err(|e| driver_error("making an event", e))?;
+        event.record(&self.inner).map_err(|e| driver_error("recording an event", e))?;
+        Ok(Event(event))
+    }
+
+    /// Records `event` again.
+    pub fn record_again(&self, event: &Event) -> Result<()> {
+        event.0.record(&self.inner).map_err(|e| driver_error("recording an event", e))
+    }
+}
+
+impl Event {
+    /// Waits until the stream has reached it.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] if a kernel before it failed.
+    pub fn wait(&self) -> Result<()> {
+        self.0.synchronize().map_err(|e| driver_error("waiting for the GPU", e))
+    }
+
+    /// Milliseconds from `start` to this event; both must be timed and reached.
+    pub fn milliseconds_since(&self, start: &Event) -> Result<f32> {
+        start.0.elapsed_ms(&self.0).map_err(|e| driver_error("reading an event", e))
+    }
+}

@@ -1,0 +1,25 @@
+//! The debugging switches, read once from the environment. None changes a result.
+//!
+//! | variable | effect |
+//! | --- | --- |
+//! | `PEREGRINE_SYNC=1` | wait after every launch: a fault names its op |
+//! | `PEREGRINE_NO_GRAPH=1` | launch the kernels of a decode step one by one instead of as a CUDA graph |
+//! | `PEREGRINE_REQUIRE_GPU=1` | tests that need a GPU fail where there is none, instead of skipping |
+
+use std::sync::OnceLock;
+
+/// The switches' states.
+#[derive(Debug, Clone, Copy)]
+pub struct Switches {
+    /// `PEREGRINE_SYNC`
+    pub sync: bool,
+    /// `PEREGRINE_NO_GRAPH`
+    pub no_graph: bool,
+}
+
+/// The switches of this process.
+pub fn switches() -> Switches {
+    static SWITCHES: OnceLock<Switches> = OnceLock::new();
+    let on = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty() && v != "0");
+    *SWITCHES.get_or_init(|| Switches { sync: on("PEREGRINE_SYNC"), no_graph: on("PEREGRINE_NO_GRAPH") })
+}
