@@ -11,7 +11,7 @@ fail() {
 }
 
 have_nvcc() {
-    [ -n "${NVCC:-}" ] || [ -x "${CUDA_HOME:-}/bin/nvcc" ] || command -v nvcc >/dev/null
+    [ -f "${NVCC:-}" ] || [ -f "${CUDA_HOME:-}/bin/nvcc" ] || command -v nvcc >/dev/null
 }
 
 have_libclang() {

@@ -1,0 +1,61 @@
+//! stdout and stderr: results are flushed as they come, notes never fail, nothing panics on a closed pipe.
+
+use std::io::{self, IsTerminal, Write};
+
+use peregrine::{Error, Result};
+
+/// Writes a result to stdout at once.
+///
+/// # Errors
+/// [`Error::Io`] when the reader has gone or the disk is full.
+pub(super) fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| stdout_error(&error))
+}
+
+fn stdout_error(error: &io::Error) -> Error {
+    Error::Io(match error.kind() {
+        io::ErrorKind::BrokenPipe => "stdout was closed before the output was complete".to_string(),
+        _ => format!("stdout: {error}"),
+    })
+}
+
+/// Writes a line to stderr. Failure is ignored: there is nowhere left to report it.
+pub(super) fn note(line: &str) {
+    let _ = writeln!(io::stderr().lock(), "peregrine: {line}");
+}
+
+/// Writes to stderr without a line end, for the chat's prompt.
+pub(super) fn ask(text: &str) {
+    let mut stderr = io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
+}
+
+/// Generated text for stdout. A terminal would obey escape sequences in it, so control characters other than line
+/// ends and tabs become U+FFFD there; files and pipes get the text as it is.
+pub(super) fn printable(text: &str) -> std::borrow::Cow<'_, str> {
+    let harmful = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+    if io::stdout().is_terminal() && text.contains(harmful) {
+        text.replace(harmful, "\u{fffd}").into()
+    } else {
+        text.into()
+    }
+}
+
+/// Shows the progress of loading or writing on stderr, one line that overwrites itself. Wanted only on a terminal.
+pub(super) fn progress(done_bytes: u64, total_bytes: u64) {
+    const CELLS: u64 = 30;
+    let total = total_bytes.max(1);
+    let filled = (done_bytes.min(total) as u128 * u128::from(CELLS) / u128::from(total)) as usize;
+    let bar = "#".repeat(filled) + &".".repeat(CELLS as usize - filled);
+    let mib = |bytes: u64| bytes >> 20;
+    let mut stderr = io::stderr().lock();
+    let end = if done_bytes >= total_bytes { "\r\x1b[K" } else { "" };
+    let _ = write!(stderr, "\r[{bar}] {} / {} MiB{end}", mib(done_bytes), mib(total_bytes));
+    let _ = stderr.flush();
+}
+
+/// Whether [`progress`] should be shown.
+pub(super) fn progress_wanted(quiet: bool) -> bool {
+    !quiet && io::stderr().is_terminal()
+}
