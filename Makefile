@@ -4,7 +4,7 @@
 all: cuda
 	cargo build --release
 run: cuda
-	cargo run --release -- generate --echo -p "Once upon a time" --temperature 0.8 --seed 7 -n 200
+	cargo run --release -- generate --echo -p "Once upon a time" --temperature 0.6 --top-p 0.95 --seed 6 -n 200
 test: cuda
 	scripts/test.sh --release
 cuda:
