@@ -17,15 +17,29 @@
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod engine;
 pub mod error;
+#[cfg(feature = "cuda")]
+mod forward;
+#[cfg(feature = "cuda")]
+pub mod gpu;
 pub mod inspect;
+#[cfg(feature = "cuda")]
+mod kv_cache;
 pub mod layout;
 pub mod prompt;
 pub mod reference;
 pub mod repack;
 pub mod sampler;
+#[cfg(feature = "cuda")]
+mod scratch;
 pub mod synth;
 pub mod tokenizer;
+#[cfg(feature = "cuda")]
+mod trace;
+#[cfg(feature = "cuda")]
+mod weights;
 
 pub use error::{Error, Result};

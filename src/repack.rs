@@ -1,1 +1,115 @@
-//! repack
+//! From AutoGPTQ's tensors to units, the one layout of weights on the GPU (drawn in `cuda/units.cuh`): the rules, and the
+//! plain loops that the repack kernels are tested against.
+
+use crate::checkpoint::GptqTensor;
+use crate::error::{Error, Result};
+use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f32_to_f16};
+
+/// Inputs that must share a scale: half a unit.
+const HALF_INPUTS: usize = UNIT_INPUTS / 2;
+
+/// How the inputs of a matrix are grouped in units.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InputOrder {
+    /// Act-order: which input of the file stands at each place, sorted by group; `None` is the file's own order.
+    pub source: Option<Vec<u32>>,
+    /// `[k / 32]`: group of inputs `32 i .. 32 i + 31`.
+    pub group: Vec<u32>,
+    /// 1 if the two halves of every unit share a group, else 2.
+    pub scales_per_row: usize,
+}
+
+impl InputOrder {
+    /// The order of `w`'s inputs: as they are, or, with act-order, stably sorted by group.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a group size that cuts through 32 inputs (anything but multiples of 32, or -1).
+    pub fn of(w: &GptqTensor<'_>) -> Result<InputOrder> {
+        let groups: Vec<u32> = match w.g_idx {
+            None => (0..w.k).map(|k| (k / w.group_size) as u32).collect(),
+            Some(bytes) => bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        };
+        let source = w.g_idx.map(|_| {
+            let mut order: Vec<u32> = (0..w.k as u32).collect();
+            order.sort_by_key(|&k| groups[k as usize]);
+            order
+        });
+        let group_at = |i: usize| groups[source.as_ref().map_or(i, |s| s[i] as usize)];
+        let group: Vec<u32> = (0..w.k / HALF_INPUTS).map(|half| group_at(half * HALF_INPUTS)).collect();
+        if (0..w.k).any(|i| group_at(i) != group[i / HALF_INPUTS]) {
+            return Err(Error::Usage(format!(
+                "{}: group size {} does not divide into runs of 32 inputs; the GPU kernels take 32, 64, 128 and -1 (use --device cpu)",
+                w.name, w.group_size
+            )));
+        }
+        let scales_per_row = if group.chunks(2).all(|pair| pair[0] == pair[pair.len() - 1]) { 1 } else { 2 };
+        Ok(InputOrder { source, group, scales_per_row })
+    }
+}
+
+fn word(bytes: &[u8], i: usize) -> u32 {
+    u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+}
+
+/// Code of output `n` and input `k` (of the file).
+fn code(w: &GptqTensor<'_>, n: usize, k: usize) -> u32 {
+    word(w.qweight, k / 8 * w.n + n) >> (4 * (k % 8)) & 15
+}
+
+/// Zero point of output `n` in group `g`: the plain one, 8 when symmetric.
+fn zero(w: &GptqTensor<'_>, n: usize, g: usize) -> u32 {
+    ((word(w.qzeros, g * (w.n / 8) + n / 8) >> (4 * (n % 8)) & 15) + u32::from(w.zero_offset)) & 15
+}
+
+/// The units of `w`, `[n / 16][k / 64][unit_bytes]`, with `scales_per_row` scales a row (at least the order's) and zero points
+/// or not: what `gptq_repack` writes for a matrix that stands alone.
+#[must_use]
+pub fn gptq_repack(w: &GptqTensor<'_>, order: &InputOrder, scales_per_row: usize, has_zeros: bool) -> Vec<u8> {
+    let mut out = Vec::new();
+    for tile in 0..w.n / UNIT_ROWS {
+        for unit in 0..w.k / UNIT_INPUTS {
+            let mut codes = [0u8; UNIT_CODE_BYTES];
+            for row in 0..UNIT_ROWS {
+                for input in 0..UNIT_INPUTS {
+                    let k = unit * UNIT_INPUTS + input;
+                    let k = order.source.as_ref().map_or(k, |s| s[k] as usize);
+                    // Step, quad lane and nibble of this element, as cuda/units.cuh draws them.
+                    let (step, kk, g) = (input / 16, input % 16, row % 8);
+                    let lane = g * 4 + kk % 8 / 2;
+                    let nibble = row / 8 + kk / 8 * 2 + kk % 2 * 4;
+                    let at = lane * 16 + step * 4 + nibble / 2;
+                    codes[at] |= (code(w, tile * UNIT_ROWS + row, k) as u8) << (4 * (nibble % 2));
+                }
+            }
+            out.extend_from_slice(&codes);
+            let half_words = |value: &dyn Fn(usize, usize) -> u16| -> Vec<u8> {
+                let group = |half: usize| order.group[unit * 2 + half] as usize;
+                let rows = (0..8).flat_map(|g| [g, g + 8]);
+                let pairs = (0..scales_per_row).flat_map(|half| rows.clone().map(move |row| (half, row)));
+                pairs.flat_map(|(half, row)| value(tile * UNIT_ROWS + row, group(half)).to_le_bytes()).collect()
+            };
+            out.extend(half_words(&|n, g| f32_to_f16(w.scales.get(g * w.n + n))));
+            if has_zeros {
+                out.extend(half_words(&|n, g| f32_to_f16(zero(w, n, g) as f32)));
+            }
+        }
+    }
+    out
+}
+
+/// The f16 units of a row-major table `[rows, k]`: what `table_repack` writes.
+#[must_use]
+pub fn table_repack(table: &[u16], k: usize) -> Vec<u16> {
+    let rows = table.len() / k;
+    let mut out = vec![0; table.len()];
+    for row in 0..rows {
+        for input in 0..k {
+            let unit = row / UNIT_ROWS * (k / UNIT_INPUTS) + input / UNIT_INPUTS;
+            let (step, kk, r) = (input % UNIT_INPUTS / 16, input % 16, row % UNIT_ROWS);
+            let lane = r % 8 * 4 + kk % 8 / 2;
+            let register = kk / 8 * 2 + r / 8;
+            out[unit * UNIT_ROWS * UNIT_INPUTS + step * 256 + lane * 8 + register * 2 + kk % 2] = table[row * k + input];
+        }
+    }
+    out
+}

@@ -1,0 +1,132 @@
+//! The forward pass on the GPU. It reads like the drawing in the crate's first page:
+//!
+//! ```text
+//! embed -> 32 x { norm -> [qkv ; up] -> rope + kv append -> attention, gelu -> [down | dense] -> + residual } -> norm -> head
+//! ```
+//!
+//! Each layer's last product leaves its sum to the norm that follows (`layernorm` adds K slices in order), so a layer is five
+//! launches. Nothing is allocated and nothing waits.
+
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::gpu::Stream;
+use crate::gpu::ops::{self, Activations, AttnOutput, GEMV_TOKENS, Ids, MatmulKernel, MatmulOutput, PendingSum, Span};
+use crate::kv_cache::KvCache;
+use crate::scratch::{PARTIAL_TOKENS, Scratch};
+use crate::weights::{Layer, Weights};
+
+/// What a pass works with. `state` is the decode state: position and token.
+pub(crate) struct Pass<'a> {
+    pub(crate) stream: &'a Stream,
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) weights: &'a Weights,
+    pub(crate) cache: &'a mut KvCache,
+    pub(crate) scratch: &'a mut Scratch,
+    pub(crate) state: &'a crate::gpu::DevBuf<u32>,
+    /// The tensor cores keep subnormals, which `gptq_gemv` rests on.
+    pub(crate) gemv_works: bool,
+}
+
+/// Where the tokens of a pass come from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tokens {
+    /// `scratch.ids`, this many.
+    List(usize),
+    /// The decode state's one token.
+    State,
+}
+
+impl Pass<'_> {
+    /// Appends the tokens to the cache; `scratch.normed` then holds the final norm's output for each.
+    pub(crate) fn run(&mut self, tokens: Tokens) -> Result<()> {
+        let Pass { stream, weights, .. } = *self;
+        let s = &mut *self.scratch;
+        let m = match tokens {
+            Tokens::List(m) => m,
+            Tokens::State => 1,
+        };
+        let ids = if tokens == Tokens::State { Ids::State(self.state) } else { Ids::List(&s.ids) };
+        ops::embed(stream, &weights.embedding, ids, m, &mut s.x)?;
+        let first_norm = weights.layers.first().map_or(&weights.final_norm, |l| &l.norm);
+        ops::layernorm(stream, first_norm, &mut s.x, None, m, &mut s.normed)?;
+        for (i, layer) in weights.layers.iter().enumerate() {
+            self.qkv_up(layer, m)?;
+            self.attention(i, m)?;
+            self.down_dense(layer, m)?;
+            let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
+            let s = &mut *self.scratch;
+            let sum = PendingSum { partials: &s.partials, slices: s.slices, bias: layer.down_dense_bias.as_ref() };
+            let pending = (m <= PARTIAL_TOKENS).then_some(sum);
+            ops::layernorm(stream, next_norm, &mut s.x, pending, m, &mut s.normed)?;
+        }
+        Ok(())
+    }
+
+    /// Logits of tokens `first .. first + count` (at most 8) of the last run, into `scratch.logits`.
+    pub(crate) fn head(&mut self, first: usize, count: usize) -> Result<()> {
+        let table = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
+        ops::head(self.stream, table, &self.scratch.normed, first, count, &mut self.scratch.logits)
+    }
+
+    fn kernel(&self, m: usize) -> MatmulKernel {
+        if m <= GEMV_TOKENS && self.gemv_works { MatmulKernel::Gemv } else { MatmulKernel::Gemm }
+    }
+
+    fn qkv_up(&mut self, layer: &Layer, m: usize) -> Result<()> {
+        let (stream, kernel, n) = (self.stream, self.kernel(m), layer.qkv_up.n);
+        let (hidden, qkv_size) = (self.config.hidden_size, self.config.qkv_size());
+        let s = &mut *self.scratch;
+        let parts = if layer.one_source { vec![(0..n, &layer.qkv_source)] } else { vec![(0..qkv_size, &layer.qkv_source), (qkv_size..n, &layer.up_source)] };
+        for (rows, source) in parts {
+            let x = match (source, &mut s.permuted_normed) {
+                (Some(source), Some(permuted)) => {
+                    ops::permute(stream, &s.normed, source, m, permuted)?;
+                    &*permuted
+                }
+                _ => &s.normed,
+            };
+            let output = MatmulOutput::Split {
+                out: &mut s.qkv,
+                gelu_out: &mut s.wide,
+                gelu_stride: self.config.ffn_size + hidden,
+                split_row: qkv_size,
+                bias: layer.qkv_up_bias.as_ref(),
+            };
+            ops::gptq_matmul(stream, kernel, &layer.qkv_up, rows, Activations { x, stride: hidden, tokens: m }, 1, output)?;
+        }
+        Ok(())
+    }
+
+    fn attention(&mut self, index: usize, m: usize) -> Result<()> {
+        let (stream, heads) = (self.stream, self.config.num_heads);
+        let s = &mut *self.scratch;
+        let span = Span { state: self.state, tokens: m, max_context: self.cache.max_context };
+        let cache = &mut self.cache.layers[index];
+        ops::rope(stream, &mut s.qkv, heads, cache, &self.weights.rope_table, span)?;
+        let output = AttnOutput { out: &mut s.wide, first: self.config.ffn_size, stride: self.config.ffn_size + self.config.hidden_size };
+        if m <= GEMV_TOKENS {
+            ops::attn_decode(stream, &s.qkv, heads, cache, span, &mut s.attn, output)
+        } else {
+            ops::attn_prefill(stream, &s.qkv, heads, cache, span, output)
+        }
+    }
+
+    fn down_dense(&mut self, layer: &Layer, m: usize) -> Result<()> {
+        let (stream, kernel) = (self.stream, self.kernel(m));
+        let s = &mut *self.scratch;
+        let wide = self.config.ffn_size + self.config.hidden_size;
+        let x = match (&layer.down_dense_source, &mut s.permuted_wide) {
+            (Some(source), Some(permuted)) => {
+                ops::permute(stream, &s.wide, source, m, permuted)?;
+                &*permuted
+            }
+            _ => &s.wide,
+        };
+        let (slices, output) = if m <= PARTIAL_TOKENS {
+            (s.slices, MatmulOutput::Partials(&mut s.partials))
+        } else {
+            (1, MatmulOutput::Residual { x: &mut s.x, bias: layer.down_dense_bias.as_ref() })
+        };
+        ops::gptq_matmul(stream, kernel, &layer.down_dense, 0..layer.down_dense.n, Activations { x, stride: wide, tokens: m }, slices, output)
+    }
+}

@@ -1,0 +1,74 @@
+//! The buffers a forward pass works in, allocated once: pointers stay the same, so a step can be a graph.
+//!
+//! | buffer | shape, type | Falcon-7B, 2048 tokens | for |
+//! | --- | --- | --- | --- |
+//! | `x` | [tokens, hidden] f32 | 37 MB | the residual stream |
+//! | `normed` | [tokens, hidden] f16 | 19 MB | output of a norm |
+//! | `qkv` | [tokens, heads + 2, 64] f16 | 19 MB | queries, key, value |
+//! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
+//! | `partials` | [slices, <= 128 tokens, hidden] f32 | 12 MB | sums of K slices |
+//! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
+//! | `logits` | [8, vocab] f32 | 2 MB | |
+
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::gpu::ops::{self, AttnScratch, GEMV_TOKENS};
+use crate::gpu::{DevBuf, Stream};
+
+/// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
+/// blocks, and slices are what fills the GPU.
+pub(crate) const PARTIAL_TOKENS: usize = 128;
+
+pub(crate) struct Scratch {
+    /// Tokens there is room for.
+    pub(crate) tokens: usize,
+    pub(crate) ids: DevBuf<u32>,
+    pub(crate) x: DevBuf<f32>,
+    pub(crate) normed: DevBuf<u16>,
+    pub(crate) qkv: DevBuf<u16>,
+    pub(crate) wide: DevBuf<u16>,
+    pub(crate) partials: DevBuf<f32>,
+    pub(crate) slices: usize,
+    pub(crate) permuted_normed: Option<DevBuf<u16>>,
+    pub(crate) permuted_wide: Option<DevBuf<u16>>,
+    pub(crate) attn: AttnScratch,
+    pub(crate) logits: DevBuf<f32>,
+}
+
+impl Scratch {
+    /// For calls of up to `tokens` tokens; `act_order` adds the gathered copies.
+    pub(crate) fn new(stream: &Stream, config: &ModelConfig, max_context: usize, tokens: usize, act_order: bool) -> Result<Scratch> {
+        let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
+        let slices = ops::slices(wide);
+        let permuted = |n: usize| act_order.then(|| DevBuf::zeros(stream, "permuted activations", tokens * n)).transpose();
+        Ok(Scratch {
+            tokens,
+            ids: DevBuf::zeros(stream, "token ids", tokens)?,
+            x: DevBuf::zeros(stream, "residual stream", tokens * hidden)?,
+            normed: DevBuf::zeros(stream, "normed activations", tokens * hidden)?,
+            qkv: DevBuf::zeros(stream, "queries, keys, values", tokens * config.qkv_size())?,
+            wide: DevBuf::zeros(stream, "mlp and attention activations", tokens * wide)?,
+            partials: DevBuf::zeros(stream, "partial sums", slices * tokens.min(PARTIAL_TOKENS) * hidden)?,
+            slices,
+            permuted_normed: permuted(hidden)?,
+            permuted_wide: permuted(wide)?,
+            attn: AttnScratch::new(stream, config.num_heads, max_context)?,
+            logits: DevBuf::zeros(stream, "logits", GEMV_TOKENS * config.vocab_size)?,
+        })
+    }
+
+    /// Bytes of device memory.
+    pub(crate) fn bytes(&self) -> u64 {
+        let optional = |b: &Option<DevBuf<u16>>| b.as_ref().map_or(0, DevBuf::bytes);
+        self.ids.bytes()
+            + self.x.bytes()
+            + self.normed.bytes()
+            + self.qkv.bytes()
+            + self.wide.bytes()
+            + self.partials.bytes()
+            + optional(&self.permuted_normed)
+            + optional(&self.permuted_wide)
+            + self.attn.bytes()
+            + self.logits.bytes()
+    }
+}
