@@ -167,10 +167,11 @@ impl<'s> Generation<'s> {
         match self.stop_reason {
             Some(StopReason::EndOfText) => tokens.truncate(tokens.len() - 1),
             Some(StopReason::StopString) => {
-                // A token whose text is not needed for what was printed holds nothing but the stop string.
+                // A token whose text is not needed for what was printed holds nothing but the stop string, and
+                // blank lines before it: "\n\n" is one token, and "\nUser" begins in its middle.
                 let Ok(tokenizer) = self.session.engine.tokenizer() else { return };
-                let answer = &tokens[self.answer_start..];
-                let enough = |n: &usize| tokenizer.decode(&answer[..*n], true).starts_with(&self.printed);
+                let (answer, printed) = (&tokens[self.answer_start..], self.printed.trim_end());
+                let enough = |n: &usize| tokenizer.decode(&answer[..*n], true).starts_with(printed);
                 let kept = (0..answer.len()).rev().take_while(enough).last().unwrap_or(answer.len());
                 tokens.truncate(self.answer_start + kept);
             }

@@ -78,8 +78,9 @@ impl Session {
     }
 
     /// Every token so far, prompts and answers. What ended an answer is not part of it: the end-of-text token, and
-    /// tokens that hold nothing but a stop string, are yielded but not kept, so that the next turn follows the answer
-    /// itself. A [`Generation`] that is dropped early leaves exactly the tokens it has yielded.
+    /// tokens that hold nothing but a stop string and blanks before it, are yielded but not kept, so that the next
+    /// turn follows the answer itself. A [`Generation`] that is dropped early leaves exactly the tokens it has
+    /// yielded.
     #[must_use]
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
