@@ -502,7 +502,7 @@ fn synthetic_weights_are_sane_and_repeatable() {
     }
     assert!(histogram.iter().all(|&count| count > 0), "{histogram:?}");
     // A matrix of gain g and k inputs has weights of g / sqrt(k); 4 % is what the spread of scales adds and more.
-    for (matrix, gain) in [(&layer.query_key_value, 1.3), (&layer.dense_4h_to_h, 0.3)] {
+    for (matrix, gain) in [(&layer.query_key_value, 1.7), (&layer.dense_4h_to_h, 0.4)] {
         let weights = dequantise(matrix);
         let mean_square = weights.iter().map(|w| f64::from(w * w)).sum::<f64>() / weights.len() as f64;
         let size = (mean_square * matrix.k as f64).sqrt() / gain;
