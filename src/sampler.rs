@@ -26,7 +26,20 @@ pub struct Sampling {
 }
 
 impl Default for Sampling {
-    fn default() -> Self { Sampling { temperature: 0.0, top_k: 50, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0, no_repeat_ngram_size: 0, seed: 0, max_new_tokens: 512, stop: Vec::new(), ignore_eos: false } }
+    fn default() -> Self {
+        Sampling {
+            temperature: 0.0,
+            top_k: 50,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            no_repeat_ngram_size: 0,
+            seed: 0,
+            max_new_tokens: 512,
+            stop: Vec::new(),
+            ignore_eos: false,
+        }
+    }
 }
 
 /// A chosen token.
