@@ -90,7 +90,9 @@ impl fmt::Display for Error {
             Error::OutOfGpuMemory { what, needed_bytes, free_bytes } => {
                 write!(f, "out of GPU memory: {what} needs {} MiB", needed_bytes.div_ceil(1 << 20))?;
                 match free_bytes {
-                    Some(free) => write!(f, ", {} MiB are free; close other programs on this GPU", free >> 20),
+                    Some(free) => {
+                        write!(f, ", {} MiB are free; close other programs on this GPU", free >> 20)
+                    }
                     None => Ok(()),
                 }
             }
