@@ -1,4 +1,4 @@
-//! The `cpu` device: the forward pass made of the [reference](crate::reference) ops, f32 throughout.
+//! The `cpu` device: the forward pass made of the [reference](mod@crate::reference) ops, f32 throughout.
 //!
 //! It runs everything but the kernels on a machine without a GPU, and says what a GPU's logits should be. Weights
 //! stay in the mapped files; a timeline's KV cache is f32, 512 bytes per token and layer.
@@ -139,7 +139,7 @@ pub struct CpuTimeline {
     /// One entry a layer.
     cache: Vec<LayerCache>,
     position: usize,
-    /// [vocab]: of the last token in the cache. `None` while that token's logits were not asked for.
+    /// `[vocab]`: of the last token in the cache. `None` while that token's logits were not asked for.
     logits: Option<Vec<f32>>,
     choices: Option<Choices>,
 }
@@ -195,7 +195,7 @@ impl CpuTimeline {
         Ok(())
     }
 
-    /// Appends `ids` and hands the logits [vocab] of each to `sink`, in order: from one pass over all of them, or
+    /// Appends `ids` and hands the logits `[vocab]` of each to `sink`, in order: from one pass over all of them, or
     /// with `token_by_token` from one forward pass a token.
     ///
     /// # Errors

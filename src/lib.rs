@@ -9,6 +9,26 @@
 //!              32 x { norm -> [qkv ; up] -> rope + kv append -> attention, gelu -> [down | dense] -> + residual } -> norm -> head
 //! ```
 //!
+//! The whole door, an [`Engine`](engine::Engine) that holds the model and a [`Session`](engine::Session) that holds one
+//! text:
+//!
+//! ```no_run
+//! use peregrine::engine::{Engine, LoadOptions, SessionOptions};
+//! use peregrine::sampler::Sampling;
+//!
+//! # fn main() -> peregrine::Result<()> {
+//! let engine = Engine::load("TheBloke/falcon-7b-instruct-GPTQ", &LoadOptions::default())?; // a path, or a name in the local hub cache
+//! let mut session = engine.session(SessionOptions::default())?;
+//! for token in session.generate("Tell me about AI", &Sampling::greedy().max_new_tokens(512))? {
+//!     print!("{}", token?.text);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Without a GPU the same program runs on the CPU, with the [reference](mod@reference) ops; `engine.device_name()` says
+//! which it is. Nothing in a model's folder is ever executed.
+//!
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <

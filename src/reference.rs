@@ -38,7 +38,7 @@ pub fn embed(embedding: &FloatTensor<'_>, ids: &[u32]) -> Vec<f32> {
     x
 }
 
-/// LayerNorm of each row of x [m, hidden] with `weight` and `bias` [hidden]: mean and biased variance over the
+/// LayerNorm of each row of x [m, hidden] with `weight` and `bias` `[hidden]`: mean and biased variance over the
 /// row, `(x - mean) / sqrt(variance + epsilon) * weight + bias`.
 #[must_use]
 pub fn layernorm(x: &[f32], weight: &[f32], bias: &[f32], epsilon: f32) -> Vec<f32> {
@@ -159,7 +159,7 @@ pub fn attention(q: &[f32], keys: &[f32], values: &[f32], heads: usize, start: u
     parts.concat()
 }
 
-/// One query [64] over keys and values [context, 64]: softmax of the scores, then the weighted sum of values.
+/// One query `[64]` over keys and values [context, 64]: softmax of the scores, then the weighted sum of values.
 fn attend(q: &[f32], keys: &[f32], values: &[f32]) -> [f32; HEAD_DIM] {
     let divisor = (HEAD_DIM as f64).sqrt();
     let mut scores: Vec<f64> = keys.chunks_exact(HEAD_DIM).map(|key| dot(q, key) / divisor).collect();

@@ -1,5 +1,7 @@
 //! Engine, sessions and generations on the CPU device: every way an answer ends, and what a session keeps.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test's helper fails by panicking")]
+
 mod golden;
 
 use std::sync::Arc;

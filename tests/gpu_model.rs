@@ -2,6 +2,8 @@
 //!
 //! Without a GPU each test prints why it was skipped; with PEREGRINE_REQUIRE_GPU=1 it fails instead.
 
+#![allow(clippy::expect_used, clippy::panic, reason = "a test's helper fails by panicking")]
+
 mod golden;
 
 use std::io::Write;

@@ -6,9 +6,9 @@ use super::{LoadOptions, MemoryUse};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::cpu::{CpuModel, CpuTimeline};
-use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::forward::{CudaModel, CudaTimeline};
+use crate::cuda::{CudaModel, CudaTimeline};
+use crate::error::{Error, Result};
 use crate::layout::HEAD_DIM;
 use crate::reference;
 use crate::sampler::{Sampled, Sampling};
@@ -80,9 +80,9 @@ impl Model {
             },
             #[cfg(feature = "cuda")]
             Model::Cuda(model) => MemoryUse {
-                weight_bytes: model.memory(),
+                weight_bytes: model.weight_bytes(),
                 kv_bytes_per_token: kv_values_per_token * 2,
-                gpu_used_bytes: None,
+                gpu_used_bytes: model.gpu_used_bytes().ok(),
             },
         }
     }

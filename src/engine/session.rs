@@ -55,7 +55,7 @@ impl Session {
         self.start(ids, sampling, Instant::now())
     }
 
-    /// Appends `ids` and hands the logits [vocab] after each of them to `sink`, in order: from one pass over all
+    /// Appends `ids` and hands the logits `[vocab]` after each of them to `sink`, in order: from one pass over all
     /// of them, or with `token_by_token` from one forward pass a token, as in decoding.
     ///
     /// # Errors

@@ -3,7 +3,8 @@
 //! `tests/fixtures/goldens/{a,d}` hold what Hugging Face transformers 4.38.2 computed in f32 on the CPU from the
 //! same checkpoints: `a` is the built-in model (symmetric), `d` the same one quantised asymmetrically.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+#![allow(missing_docs, clippy::expect_used, clippy::panic, reason = "a test's helper fails by panicking")]
 
 use std::path::{Path, PathBuf};
 
