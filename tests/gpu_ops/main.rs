@@ -1,0 +1,9 @@
+//! Every kernel against `src/reference.rs`, at Falcon-7B's shapes and at the edges. Outputs start as NaN; each case runs twice and
+//! must give the same bits. Skipped, loudly, where there is no GPU.
+#![cfg(feature = "cuda")]
+
+mod attention;
+mod kit;
+mod matmul;
+mod rows;
+mod sampling;

@@ -1,0 +1,252 @@
+//! gptq_repack, gptq_gemv, gptq_gemm, head, table_repack, unpack_check.
+
+use peregrine::checkpoint::{FloatTensor, FloatType};
+use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput, Table};
+use peregrine::gpu::{DevBuf, Stream};
+use peregrine::reference;
+use peregrine::repack::{self, InputOrder};
+
+use crate::kit::*;
+
+/// f32 sums of exact products. Measured: not yet.
+const F32_TOLERANCE: f64 = 5e-6;
+/// The same rounded to f16: 2^-11 / sqrt(3) = 2.8e-4 at most.
+const F16_TOLERANCE: f64 = 3e-4;
+
+#[test]
+fn unpack_check_finds_subnormals_exact() {
+    let Some((_, stream)) = gpu() else { return };
+    assert_eq!(ops::unpack_check(&stream).unwrap(), 0);
+}
+
+#[test]
+fn gptq_repack_matches_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    let mut random = Random::new(1);
+    for format in FORMATS {
+        for (n, k) in [(16, 128), (448, 320), (4672, 4544)] {
+            let q = Quantised::new(&mut random, n, k, format);
+            let matrix = repack(&stream, n, k, &[(&q, 0, 0)]);
+            let order = InputOrder::of(&q.tensor()).unwrap();
+            let want = repack::gptq_repack(&q.tensor(), &order, matrix.scales_per_row, matrix.has_zeros);
+            let got = matrix.units.download(&stream, 0, matrix.units.len()).unwrap();
+            assert!(got == want, "{format:?} [{n}, {k}]");
+        }
+    }
+}
+
+/// x as the matrix wants it: gathered when there is act-order.
+fn gathered(x: &[u16], k: usize, q: &Quantised) -> Vec<u16> {
+    match InputOrder::of(&q.tensor()).unwrap().source {
+        None => x.to_vec(),
+        Some(source) => x.chunks(k).flat_map(|row| source.iter().map(|&i| row[i as usize]).collect::<Vec<_>>()).collect(),
+    }
+}
+
+/// Sums of slices in order, as layernorm adds them.
+fn sum_slices(partials: &[f32], slices: usize) -> Vec<f32> {
+    let n = partials.len() / slices;
+    (0..n).map(|i| (0..slices).map(|s| partials[s * n + i]).sum()).collect()
+}
+
+fn run_partials(stream: &Stream, kernel: MatmulKernel, w: &ops::Int4Matrix, x: &DevBuf<u16>, m: usize, slices: usize) -> Vec<f32> {
+    let mut out = nan32(stream, slices * m * w.n);
+    let a = Activations { x, stride: w.k, tokens: m };
+    ops::gptq_matmul(stream, kernel, w, 0..w.n, a, slices, MatmulOutput::Partials(&mut out)).unwrap();
+    out.download(stream, 0, slices * m * w.n).unwrap()
+}
+
+fn check_partials(stream: &Stream, kernel: MatmulKernel, q: &Quantised, seed: u64, tokens: &[usize]) {
+    let w = repack(stream, q.n, q.k, &[(q, 0, 0)]);
+    let slices = ops::slices(q.k);
+    for &m in tokens {
+        let x = Random::new(seed + m as u64).halves(m * q.k, 1.0);
+        let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
+        let x = DevBuf::from_host(stream, "x", &gathered(&x, q.k, q)).unwrap();
+        let got = run_partials(stream, kernel, &w, &x, m, slices);
+        assert_close(&format!("{kernel:?} [{}, {}] m {m}", q.n, q.k), &sum_slices(&got, slices), &want, F32_TOLERANCE);
+        let again = run_partials(stream, kernel, &w, &x, m, slices);
+        assert!(got.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()), "{kernel:?} m {m}: second run differs");
+    }
+}
+
+#[test]
+fn gptq_gemv_matches_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    let mut random = Random::new(2);
+    for format in FORMATS {
+        let q = Quantised::new(&mut random, 448, 320, format);
+        check_partials(&stream, MatmulKernel::Gemv, &q, 20, &[1, 2, 3, 5, 8]);
+    }
+    for (n, k) in [(16, 64), (32, 4544), (48, 4608), (64, 4672), (4544, 22720), (22848, 4544)] {
+        let q = Quantised::new(&mut random, n, k, G64);
+        check_partials(&stream, MatmulKernel::Gemv, &q, 21, &[1, 7]);
+    }
+}
+
+#[test]
+fn gptq_gemm_matches_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    let mut random = Random::new(3);
+    for format in FORMATS {
+        let q = Quantised::new(&mut random, 448, 320, format);
+        check_partials(&stream, MatmulKernel::Gemm, &q, 30, &[1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 300]);
+    }
+    for (n, k) in [(16, 64), (4544, 22720), (22848, 4544)] {
+        let q = Quantised::new(&mut random, n, k, G64);
+        check_partials(&stream, MatmulKernel::Gemm, &q, 31, &[9, 65]);
+    }
+}
+
+/// A token gives the same bits alone and among others, in any place.
+#[test]
+fn gptq_gemv_does_not_depend_on_the_batch() {
+    let Some((_, stream)) = gpu() else { return };
+    let q = Quantised::new(&mut Random::new(4), 4544, 22720, G64);
+    let w = repack(&stream, q.n, q.k, &[(&q, 0, 0)]);
+    let slices = ops::slices(q.k);
+    let x = Random::new(5).halves(GEMV_TOKENS * q.k, 1.0);
+    let all = DevBuf::from_host(&stream, "x", &x).unwrap();
+    for m in [2, 5, 8] {
+        let batch = run_partials(&stream, MatmulKernel::Gemv, &w, &all, m, slices);
+        for token in 0..m {
+            let one = DevBuf::from_host(&stream, "x", &x[token * q.k..(token + 1) * q.k]).unwrap();
+            let alone = run_partials(&stream, MatmulKernel::Gemv, &w, &one, 1, slices);
+            for s in 0..slices {
+                let row = &batch[(s * m + token) * q.n..(s * m + token + 1) * q.n];
+                assert!(row.iter().zip(&alone[s * q.n..]).all(|(a, b)| a.to_bits() == b.to_bits()), "m {m} token {token} slice {s}");
+            }
+        }
+    }
+}
+
+/// [qkv ; up] from two tensors: bias, GELU and the two destinations; and the two row ranges apart, as act-order needs them.
+#[test]
+fn gptq_matmul_splits_rows() {
+    let Some((_, stream)) = gpu() else { return };
+    for (hidden, ffn) in [(320, 1280), (4544, 18176)] {
+        let (qkv, stride) = (hidden + 128, ffn + hidden);
+        let mut random = Random::new(6);
+        let (a, b) = (Quantised::new(&mut random, qkv, hidden, G64), Quantised::new(&mut random, ffn, hidden, G64));
+        let w = repack(&stream, qkv + ffn, hidden, &[(&a, 0, 0), (&b, qkv, 0)]);
+        let bias = random.values(qkv + ffn, 0.5);
+        let bias_gpu = DevBuf::from_host(&stream, "bias", &bias).unwrap();
+        for (kernel, m) in [(MatmulKernel::Gemv, 1), (MatmulKernel::Gemv, 8), (MatmulKernel::Gemm, 9), (MatmulKernel::Gemm, 130)] {
+            let x = random.halves(m * hidden, 1.0);
+            let x_gpu = DevBuf::from_host(&stream, "x", &x).unwrap();
+            let with_bias = |mut y: Vec<f32>, bias: &[f32]| {
+                y.chunks_mut(bias.len()).for_each(|row| reference::add(row, bias));
+                y
+            };
+            let want_qkv = with_bias(reference::gptq_matmul(&to_f32(&x), &a.tensor()), &bias[..qkv]);
+            let mut want_up = with_bias(reference::gptq_matmul(&to_f32(&x), &b.tensor()), &bias[qkv..]);
+            reference::gelu(&mut want_up);
+            let mut previous = None;
+            for ranges in [vec![0..qkv + ffn], vec![0..qkv, qkv..qkv + ffn]] {
+                let (mut out, mut gelu_out) = (nan16(&stream, m * qkv), nan16(&stream, m * stride));
+                for rows in ranges {
+                    let output = MatmulOutput::Split {
+                        out: &mut out,
+                        gelu_out: &mut gelu_out,
+                        gelu_stride: stride,
+                        split_row: qkv,
+                        bias: Some(&bias_gpu),
+                    };
+                    let a = Activations { x: &x_gpu, stride: hidden, tokens: m };
+                    ops::gptq_matmul(&stream, kernel, &w, rows, a, 1, output).unwrap();
+                }
+                let out = out.download(&stream, 0, m * qkv).unwrap();
+                let wide = gelu_out.download(&stream, 0, m * stride).unwrap();
+                assert_close(&format!("qkv {kernel:?} m {m}"), &to_f32(&out), &want_qkv, F16_TOLERANCE);
+                let up: Vec<u16> = wide.chunks(stride).flat_map(|row| row[..ffn].to_vec()).collect();
+                assert_close(&format!("gelu {kernel:?} m {m}"), &to_f32(&up), &want_up, F16_TOLERANCE);
+                assert!(wide.chunks(stride).all(|row| row[ffn..].iter().all(|&h| h == NAN16)), "wrote beyond the MLP's part");
+                let bits = (out, wide);
+                assert!(previous.as_ref().is_none_or(|p| *p == bits), "row ranges apart differ from one launch");
+                previous = Some(bits);
+            }
+        }
+    }
+}
+
+/// [down | dense] from two tensors, added to the residual with its bias.
+#[test]
+fn gptq_matmul_adds_to_the_residual() {
+    let Some((_, stream)) = gpu() else { return };
+    let (hidden, ffn) = (320, 1280);
+    let mut random = Random::new(7);
+    let (down, dense) = (Quantised::new(&mut random, hidden, ffn, G64), Quantised::new(&mut random, hidden, hidden, G64));
+    let w = repack(&stream, hidden, ffn + hidden, &[(&down, 0, 0), (&dense, 0, ffn)]);
+    let bias = random.values(hidden, 0.5);
+    let bias_gpu = DevBuf::from_host(&stream, "bias", &bias).unwrap();
+    for m in [9, 64, 200] {
+        let x = random.halves(m * (ffn + hidden), 1.0);
+        let residual = random.values(m * hidden, 1.0);
+        let part = |range: std::ops::Range<usize>| -> Vec<f32> {
+            x.chunks(ffn + hidden).flat_map(|row| to_f32(&row[range.clone()])).collect()
+        };
+        let mut want = residual.clone();
+        reference::add(&mut want, &reference::gptq_matmul(&part(0..ffn), &down.tensor()));
+        reference::add(&mut want, &reference::gptq_matmul(&part(ffn..ffn + hidden), &dense.tensor()));
+        want.chunks_mut(hidden).for_each(|row| reference::add(row, &bias));
+        let mut got = DevBuf::from_host(&stream, "residual", &residual).unwrap();
+        let x_gpu = DevBuf::from_host(&stream, "x", &x).unwrap();
+        let a = Activations { x: &x_gpu, stride: ffn + hidden, tokens: m };
+        let output = MatmulOutput::Residual { x: &mut got, bias: Some(&bias_gpu) };
+        ops::gptq_matmul(&stream, MatmulKernel::Gemm, &w, 0..hidden, a, 1, output).unwrap();
+        let got = got.download(&stream, 0, m * hidden).unwrap();
+        assert_close(&format!("residual m {m}"), &got, &want, F32_TOLERANCE);
+    }
+}
+
+fn table(stream: &Stream, rows: &[u16], hidden: usize) -> Table {
+    let vocab = rows.len() / hidden;
+    let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
+    let raw = DevBuf::from_host(stream, "raw", &bytes).unwrap();
+    let mut units = nan16(stream, rows.len());
+    ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0).unwrap();
+    Table { units, vocab, hidden }
+}
+
+#[test]
+fn table_repack_and_embed_match_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    for (vocab, hidden) in [(16, 64), (512, 320), (1024, 4544)] {
+        let rows = Random::new(8).halves(vocab * hidden, 1.0);
+        let table = table(&stream, &rows, hidden);
+        let got = table.units.download(&stream, 0, vocab * hidden).unwrap();
+        assert!(got == repack::table_repack(&rows, hidden), "[{vocab}, {hidden}]");
+
+        let ids: Vec<u32> = [0, 1, 7, 8, 15, vocab as u32 - 1].into();
+        let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
+        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
+        let mut x = nan32(&stream, ids.len() * hidden);
+        let ids_gpu = DevBuf::from_host(&stream, "ids", &ids).unwrap();
+        ops::embed(&stream, &table, ops::Ids::List(&ids_gpu), ids.len(), &mut x).unwrap();
+        assert_eq!(x.download(&stream, 0, ids.len() * hidden).unwrap(), reference::embed(&tensor, &ids));
+    }
+}
+
+#[test]
+fn head_matches_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    for (vocab, hidden) in [(16, 64), (512, 320), (4096, 4544)] {
+        let rows = Random::new(9).halves(vocab * hidden, (hidden as f32).sqrt().recip());
+        let table = table(&stream, &rows, hidden);
+        let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
+        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
+        for m in [1, 2, 7, 8] {
+            let x = Random::new(10 + m as u64).halves((m + 3) * hidden, 1.0);
+            let want = reference::head(&to_f32(&x[3 * hidden..]), &tensor);
+            let x = DevBuf::from_host(&stream, "x", &x).unwrap();
+            let run = || {
+                let mut logits = nan32(&stream, m * vocab);
+                ops::head(&stream, &table, &x, 3, m, &mut logits).unwrap();
+                logits.download(&stream, 0, m * vocab).unwrap()
+            };
+            let got = run();
+            assert_close(&format!("head [{vocab}, {hidden}] m {m}"), &got, &want, F32_TOLERANCE);
+            assert!(got == run(), "second run differs");
+        }
+    }
+}
