@@ -5,7 +5,7 @@
 //! run is refused by the name of its field. The engine covers Falcon-7B's block: attention and MLP in parallel from
 //! one LayerNorm, one key/value head, rotary positions, heads of 64.
 //!
-//! Sizes have an upper limit ([`MAX_SIZE`], [`MAX_LAYERS`]), so that arithmetic on hostile numbers cannot overflow.
+//! Sizes have an upper limit (2^20, and 1024 layers), so that arithmetic on hostile numbers cannot overflow.
 
 use std::path::{Path, PathBuf};
 

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::checkpoint::{Checkpoint, GptqTensor};
 use crate::config::{ModelConfig, QuantConfig};
+use crate::error::one_line;
 use crate::layout::{HEAD_DIM, UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
 
 /// Bytes of an f16.
@@ -220,12 +221,41 @@ impl Report {
             "warnings": self.warnings,
         })
     }
+
+    fn show_memory(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (c, m) = (&self.config, &self.memory);
+        writeln!(f, "memory on a GPU")?;
+        for (what, bytes) in [
+            ("quantised matrices", m.matrices),
+            ("tables (f16)", m.tables),
+            ("norms, biases", m.vectors),
+            (&format!("cache for {} positions", c.max_positions), m.kv_full_context),
+            ("together", m.total()),
+        ] {
+            writeln!(f, "  {what:26} {:>10}", show_bytes(bytes))?;
+        }
+        if let Some(free) = self.gpu_free_bytes {
+            let fits = if free >= m.total() { "it fits, before working buffers" } else { "it does not fit" };
+            writeln!(f, "  {:26} {:>10}  {fits}", "free on this GPU", show_bytes(free))?;
+        }
+        writeln!(
+            f,
+            "read per token {}, and {} for each position of context",
+            show_bytes(self.bytes_per_token),
+            show_bytes(m.kv_per_position)
+        )
+    }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (c, q, m) = (&self.config, &self.quant, &self.memory);
-        writeln!(f, "model         {}{}", self.name, if self.instruct { " (instruct)" } else { "" })?;
+        let (c, q) = (&self.config, &self.quant);
+        writeln!(
+            f,
+            "model         {}{}",
+            one_line(&self.name),
+            if self.instruct { " (instruct)" } else { "" }
+        )?;
         writeln!(
             f,
             "architecture  falcon: {} layers, width {}, {} query heads of {HEAD_DIM}, 1 key/value head, MLP {}, vocabulary {}",
@@ -253,40 +283,16 @@ impl fmt::Display for Report {
             if self.tokenizer { "tokenizer.json" } else { "none (token ids only)" }
         )?;
         for (file, bytes) in &self.files {
-            writeln!(f, "file          {file}, {}", show_bytes(*bytes))?;
+            writeln!(f, "file          {}, {}", one_line(file), show_bytes(*bytes))?;
         }
         writeln!(f, "tensors")?;
         for t in &self.tensors {
             let shape = format!("{:?}", t.shape);
-            writeln!(
-                f,
-                "  {:4} x {:4} {shape:14} {:>10}  {}",
-                t.count,
-                t.dtype,
-                show_bytes(t.bytes),
-                t.name
-            )?;
+            // A tensor's name is the file's to choose, and must not reach a terminal as it is.
+            let name = one_line(&t.name);
+            writeln!(f, "  {:4} x {:4} {shape:14} {:>10}  {name}", t.count, t.dtype, show_bytes(t.bytes))?;
         }
-        writeln!(f, "memory on a GPU")?;
-        for (what, bytes) in [
-            ("quantised matrices", m.matrices),
-            ("tables (f16)", m.tables),
-            ("norms, biases", m.vectors),
-            (&format!("cache for {} positions", c.max_positions), m.kv_full_context),
-            ("together", m.total()),
-        ] {
-            writeln!(f, "  {what:26} {:>10}", show_bytes(bytes))?;
-        }
-        if let Some(free) = self.gpu_free_bytes {
-            let fits = if free >= m.total() { "it fits, before working buffers" } else { "it does not fit" };
-            writeln!(f, "  {:26} {:>10}  {fits}", "free on this GPU", show_bytes(free))?;
-        }
-        writeln!(
-            f,
-            "read per token {}, and {} for each position of context",
-            show_bytes(self.bytes_per_token),
-            show_bytes(m.kv_per_position)
-        )?;
+        self.show_memory(f)?;
         self.warnings.iter().try_for_each(|warning| writeln!(f, "warning: {warning}"))
     }
 }

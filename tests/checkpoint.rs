@@ -339,6 +339,12 @@ fn missing_tokenizer_matters_only_when_asked_for() {
 }
 
 #[test]
+fn a_checkpoint_may_be_shared_by_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Checkpoint>();
+}
+
+#[test]
 fn extra_tensors_are_only_worth_a_warning() {
     let mut model = Model::tiny().cut(1, 256);
     let bytes = vec![0; 8];

@@ -351,6 +351,17 @@ fn names_that_occur_twice() {
 }
 
 #[test]
+fn names_that_speak_to_the_terminal() {
+    let mut model = GOOD.clone();
+    let tensor = RawTensor { dtype: "U8", shape: vec![0], bytes: Vec::new() };
+    model.tensors.insert("\u{1b}[2J\nok".to_owned(), tensor);
+    let checkpoint = open(model.write().str()).unwrap();
+    let report = peregrine::inspect::inspect(&checkpoint, None).to_string();
+    assert!(report.contains("\\u{1b}[2J\\nok") && !report.contains('\u{1b}'), "{report}");
+    assert!(checkpoint.warnings().iter().all(|w| !w.contains('\u{1b}')), "{:?}", checkpoint.warnings());
+}
+
+#[test]
 fn tensors_that_are_missing() {
     for name in GOOD.tensors.keys().filter(|name| !name.ends_with(".g_idx")) {
         let of_linear = name.ends_with(".bias") && !name.contains("norm") && !name.contains("ln_f");

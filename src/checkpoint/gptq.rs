@@ -41,7 +41,7 @@ pub struct GptqTensor<'a> {
     pub constant_zero: Option<u8>,
     /// [groups, n]
     pub scales: FloatTensor<'a>,
-    /// Group of each input, [k] little-endian i32; `None` when it is k / group_size. Every value is a valid group,
+    /// Group of each input, `[k]` little-endian i32; `None` when it is k / group_size. Every value is a valid group,
     /// and every group has `group_size` inputs (the last one what is left).
     pub g_idx: Option<&'a [u8]>,
     /// [1, n]; `None` when absent or all zero.

@@ -8,7 +8,8 @@
 //! Cost: 4.8 GB for Falcon-7B (5.9 GB with F32 tables), written by several threads as fast as the disk takes it. The
 //! memory is one chunk of 4 MiB a thread. The same shape, options and seed give the same file on every machine.
 
-use std::f64::consts::TAU;
+mod fill;
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -21,13 +22,12 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::FloatType;
 use crate::error::{Error, Result};
 use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
+use fill::{CODE_SPREAD, Fill, Random, TABLE_LEN, fill, normal_table};
 
 /// Bytes one thread generates and writes at a time. Part of what the seed means: every chunk has its own random numbers.
 const CHUNK_BYTES: usize = 4 << 20;
 /// The disk is the limit beyond this.
 const MAX_THREADS: usize = 16;
-/// Standard deviation of `code - 8`: see [`random_codes`].
-const CODE_SPREAD: f64 = 3.28;
 /// Standard deviation of the logits: LayerNorm's outputs have unit size, so a table row of h values needs this / sqrt(h).
 const LOGIT_SPREAD: f64 = 2.5;
 /// Module, and the size of its outputs for inputs of unit size. 1.7 gives attention scores a spread of 1.7^2, so that
@@ -39,8 +39,8 @@ const GAINS: [(&str, f64); 4] = [
     ("mlp.dense_h_to_4h", 1.0),
     ("mlp.dense_4h_to_h", 0.4),
 ];
-/// Values a float tensor is drawn from; a power of two.
-const TABLE_LEN: usize = 4096;
+const EMBEDDING: &str = "transformer.word_embeddings.weight";
+const LM_HEAD: &str = "lm_head.weight";
 
 /// The sizes of a model. Query heads: `hidden_size / 64`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,23 +96,6 @@ impl Default for SynthOptions {
         let tables = FloatType::F16;
         SynthOptions { seed: 0, layers: None, group_size: Some(64), sym: true, act_order: false, tables }
     }
-}
-
-/// How a tensor's bytes are made.
-#[derive(Debug)]
-enum Fill {
-    /// Random codes around 8.
-    Codes,
-    /// One word over and over.
-    Word(u32),
-    /// Zero points 6 to 10, stored minus one.
-    ZeroPoints,
-    /// `g_idx`: k / group, or with act-order a shuffle of that.
-    GroupIndex { group_size: usize, shuffled: bool },
-    /// Random values of a table of encoded ones.
-    Halves(Vec<u16>),
-    /// The same in single precision.
-    Singles(Vec<f32>),
 }
 
 /// One tensor to be written.
@@ -225,7 +208,7 @@ fn plans(shape: SynthShape, options: &SynthOptions) -> Vec<Plan> {
         }
     }
     let table_spread = LOGIT_SPREAD / (hidden as f64).sqrt();
-    for table in ["transformer.word_embeddings.weight", "lm_head.weight"] {
+    for table in [EMBEDDING, LM_HEAD] {
         all.push(float(table.to_owned(), vec![vocab, hidden], 0.0, table_spread));
     }
     all.push(float("transformer.ln_f.weight".to_owned(), vec![hidden], 1.0, 0.1));
@@ -268,11 +251,14 @@ fn write_weights(path: &Path, plans: &[Plan], seed: u64, progress: Option<fn(u64
     let chunks = chunks(plans, header.len() as u64);
     let next = AtomicUsize::new(0);
     let state = Mutex::new((0u64, None));
-    let work = || {
+    let write = || {
         let mut buffer = Vec::with_capacity(CHUNK_BYTES);
         while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
             buffer.resize(chunk.len, 0);
-            fill(&plans[chunk.plan], chunk.number, seed, &mut buffer);
+            // lm_head repeats the embedding, as in the real checkpoint.
+            let plan = &plans[chunk.plan];
+            let name = if plan.name == LM_HEAD { EMBEDDING } else { &plan.name };
+            fill(&plan.fill, &mut Random::new(seed, name, chunk.number), &mut buffer);
             let written = file.write_all_at(&buffer, chunk.offset);
             // A poisoned lock means another thread panicked; its panic is passed on when it is joined.
             let Ok(mut state) = state.lock() else { return };
@@ -290,7 +276,7 @@ fn write_weights(path: &Path, plans: &[Plan], seed: u64, progress: Option<fn(u64
     let threads = thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS);
     thread::scope(|scope| {
         for _ in 0..threads {
-            scope.spawn(work);
+            scope.spawn(write);
         }
     });
     if let Some(error) = state.into_inner().ok().and_then(|state| state.1) {
@@ -339,107 +325,6 @@ fn chunks(plans: &[Plan], data_start: u64) -> Vec<Chunk> {
         }
     }
     all
-}
-
-/// Makes chunk `number` of a tensor.
-fn fill(plan: &Plan, number: usize, seed: u64, buffer: &mut [u8]) {
-    // lm_head repeats the embedding, as in the real checkpoint.
-    let name = if plan.name == "lm_head.weight" { "transformer.word_embeddings.weight" } else { &plan.name };
-    let mut random = Random::new(seed, name, number);
-    match &plan.fill {
-        Fill::Codes => fill_words(buffer, || random_codes(&mut random)),
-        Fill::Word(word) => fill_words(buffer, || u64::from(*word) << 32 | u64::from(*word)),
-        Fill::ZeroPoints => fill_words(buffer, || {
-            let (a, b) = (random.next(), random.next());
-            (a & 0x3333_3333_3333_3333) + (b & 0x1111_1111_1111_1111) + 0x5555_5555_5555_5555
-        }),
-        Fill::GroupIndex { group_size, shuffled } => {
-            let mut inputs: Vec<usize> = (0..buffer.len() / 4).collect();
-            if *shuffled {
-                random.shuffle(&mut inputs);
-            }
-            for (place, input) in inputs.into_iter().enumerate() {
-                let group = (place / group_size) as i32;
-                buffer[4 * input..4 * input + 4].copy_from_slice(&group.to_le_bytes());
-            }
-        }
-        Fill::Halves(table) => {
-            for values in buffer.chunks_mut(8) {
-                let draw = random.next();
-                for (i, value) in values.chunks_exact_mut(2).enumerate() {
-                    value.copy_from_slice(&table[(draw >> (16 * i)) as usize % TABLE_LEN].to_le_bytes());
-                }
-            }
-        }
-        Fill::Singles(table) => {
-            for values in buffer.chunks_mut(16) {
-                let draw = random.next();
-                for (i, value) in values.chunks_exact_mut(4).enumerate() {
-                    value.copy_from_slice(&table[(draw >> (16 * i)) as usize % TABLE_LEN].to_le_bytes());
-                }
-            }
-        }
-    }
-}
-
-/// Fills with 8-byte words; a shorter rest gets the head of one.
-fn fill_words(buffer: &mut [u8], mut word: impl FnMut() -> u64) {
-    for bytes in buffer.chunks_mut(8) {
-        bytes.copy_from_slice(&word().to_le_bytes()[..bytes.len()]);
-    }
-}
-
-/// Sixteen codes: 1 to 15 in a triangle around 8 (two numbers of 3 bits, plus 1), and one in 256 is 0, so that every
-/// code occurs. Standard deviation 3.28. Uniform codes would have a mean of 7.5, which adds up over GELU's positive
-/// outputs.
-fn random_codes(random: &mut Random) -> u64 {
-    let (a, b) = (random.next(), random.next());
-    let codes = (a & 0x7777_7777_7777_7777) + (b & 0x7777_7777_7777_7777) + 0x1111_1111_1111_1111;
-    // The fourth bit of every nibble is still unused; eight of them say whether a code becomes 0.
-    let rare = [a, b].into_iter().fold(0x8888_8888_8888_8888, |rare, r| {
-        rare & r & r.rotate_left(4) & r.rotate_left(8) & r.rotate_left(12)
-    });
-    codes & !((rare >> 3) * 15)
-}
-
-/// Half-precision values of a normal distribution, in pairs around the mean, so that it is exact.
-fn normal_table(mean: f64, spread: f64) -> Vec<u16> {
-    let mut random = Random::new(0, "normal", 0);
-    let mut uniform = || (random.next() >> 11) as f64 * (0.5f64).powi(53);
-    let pairs = (0..TABLE_LEN / 2).map(|_| (-2.0 * (1.0 - uniform()).ln()).sqrt() * (TAU * uniform()).cos());
-    pairs.flat_map(|z| [z, -z]).map(|z| f32_to_f16((mean + spread * z) as f32)).collect()
-}
-
-/// splitmix64, started from seed, tensor name and chunk: a chunk needs nothing of the one before it.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64, name: &str, chunk: usize) -> Random {
-        // FNV-1a of the name, so that a tensor's numbers do not depend on how many others there are.
-        let hash = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
-        let mut random = Random(seed);
-        random.0 = random.next() ^ hash;
-        random.0 = random.next() ^ chunk as u64;
-        random.next();
-        random
-    }
-
-    #[inline]
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Fisher and Yates. The remainder's bias is below 2^-49 for the 18176 inputs of a matrix.
-    fn shuffle(&mut self, items: &mut [usize]) {
-        for last in (1..items.len()).rev() {
-            items.swap(last, (self.next() % (last as u64 + 1)) as usize);
-        }
-    }
 }
 
 /// Bytes of `model.safetensors` that [`synth`] would write.
