@@ -288,14 +288,9 @@ impl fmt::Display for Report {
         writeln!(f, "tensors")?;
         for t in &self.tensors {
             let shape = format!("{:?}", t.shape);
-            writeln!(
-                f,
-                "  {:4} x {:4} {shape:14} {:>10}  {}",
-                t.count,
-                t.dtype,
-                show_bytes(t.bytes),
-                t.name
-            )?;
+            // A tensor's name is the file's to choose, and must not reach a terminal as it is.
+            let name = one_line(&t.name);
+            writeln!(f, "  {:4} x {:4} {shape:14} {:>10}  {name}", t.count, t.dtype, show_bytes(t.bytes))?;
         }
         self.show_memory(f)?;
         self.warnings.iter().try_for_each(|warning| writeln!(f, "warning: {warning}"))

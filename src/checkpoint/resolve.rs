@@ -218,10 +218,10 @@ pub(crate) fn weight_files(
     }
     shards.sort_unstable();
     shards.dedup();
-    if shards.len() > MAX_SHARDS {
+    if shards.is_empty() || shards.len() > MAX_SHARDS {
         return Err(Error::model(
             path,
-            format_args!("names {} shards, wanted at most {MAX_SHARDS}", shards.len()),
+            format_args!("names {} shards, wanted 1 to {MAX_SHARDS}", shards.len()),
         ));
     }
     shards.into_iter().map(whole).collect()

@@ -76,10 +76,7 @@ impl ModelFlags {
             device: self.device,
             progress: output::progress_wanted(self.quiet).then_some(output::progress as fn(u64, u64)),
         };
-        let engine = Engine::from_checkpoint(self.open()?, &options).map_err(|error| match error {
-            Error::NoGpu(what) => Error::NoGpu(format!("{what} (--device cpu needs no GPU)")),
-            other => other,
-        })?;
+        let engine = Engine::from_checkpoint(self.open()?, &options)?;
         if self.model.is_none() {
             self.say(&format!("no -m MODEL given: {} tells little stories and nothing else", builtin::NAME));
         }

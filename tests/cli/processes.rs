@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use crate::program::{command, folder, model, run_with_stdin, wait};
+use crate::program::{command, end_in_time, folder, model, run_with_stdin, wait};
 
 /// Starts a generation that would go on for long, and waits for its first text.
 fn start_long(extra: &[&str]) -> (Child, BufReader<ChildStdout>) {
@@ -14,6 +14,7 @@ fn start_long(extra: &[&str]) -> (Child, BufReader<ChildStdout>) {
     args.extend(["--ignore-eos", "-n", "2000"]);
     args.extend(extra);
     let mut child = command(&args).spawn().unwrap();
+    end_in_time(&child);
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut first = [0; 1];
     out.read_exact(&mut first).unwrap();
@@ -58,7 +59,7 @@ fn ctrl_c_ends_a_generation_with_its_figures() {
     let err = stderr_of(&mut child);
     assert_eq!(status.code(), Some(130), "{err}");
     assert!(rest.ends_with('\n'), "the text does not end its line: {rest:?}");
-    assert!(err.contains("new tokens") && err.contains("stop: interrupted"), "{err}");
+    assert!(err.contains(" new token") && err.contains("stop: interrupted"), "{err}");
     assert!(!err.contains("panicked"), "{err}");
 }
 
@@ -104,6 +105,7 @@ fn ctrl_c_stops_an_answer_and_then_the_chat() {
     let model = model();
     let args = ["chat", "-m", &model, "--device", "cpu", "-n", "2000", "--ignore-eos", "--stop", "\u{1}"];
     let mut child = command(&args).stdin(Stdio::piped()).spawn().unwrap();
+    end_in_time(&child);
     let mut stdin = child.stdin.take().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut err = BufReader::new(child.stderr.take().unwrap());
@@ -111,7 +113,7 @@ fn ctrl_c_stops_an_answer_and_then_the_chat() {
     let mut first = [0; 1];
     out.read_exact(&mut first).unwrap();
     interrupt(&child);
-    let figures = line_with(&mut err, "new tokens");
+    let figures = line_with(&mut err, " new token");
     assert!(figures.contains("interrupted"), "{figures}");
     assert!(child.try_wait().unwrap().is_none(), "the chat ended with the answer");
     // The answer's end is printed before its figures; now the chat waits for the next line.

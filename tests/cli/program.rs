@@ -39,6 +39,15 @@ pub(crate) fn wait(child: &mut Child) -> ExitStatus {
     }
 }
 
+/// Kills `child` if it is still there in [`PATIENCE`], so that a read of its output cannot wait for ever.
+pub(crate) fn end_in_time(child: &Child) {
+    let id = child.id().to_string();
+    std::thread::spawn(move || {
+        std::thread::sleep(PATIENCE);
+        let _ = Command::new("kill").args(["-KILL", &id]).stderr(Stdio::null()).status();
+    });
+}
+
 pub(crate) fn run_with_stdin(args: &[&str], stdin: &[u8]) -> Outcome {
     let mut child = command(args).stdin(Stdio::piped()).spawn().unwrap();
     let mut pipe = child.stdin.take().unwrap();
