@@ -67,7 +67,11 @@ mod cuda {
         let archs: Vec<&str> = list.split(',').map(str::trim).filter(|a| !a.is_empty()).collect();
         let valid = |a: &str| a.trim_end_matches(['a', 'f']).parse::<u32>().is_ok_and(|n| n >= 80);
         match archs.iter().find(|a| !valid(a)) {
-            Some(bad) => return Err(format!("PEREGRINE_CUDA_ARCH: `{bad}` is no target from 80 on; wanted e.g. 80,90a")),
+            Some(bad) => {
+                return Err(format!(
+                    "PEREGRINE_CUDA_ARCH: `{bad}` is no target from 80 on; wanted e.g. 80,90a"
+                ));
+            }
             None if archs.is_empty() => return Err("PEREGRINE_CUDA_ARCH is empty; wanted e.g. 80,90a".into()),
             None => {}
         }
@@ -81,10 +85,11 @@ mod cuda {
 
     /// Compiles what is out of date, on as many threads as cargo allows; gives all objects.
     fn compile(root: &Path, out: &Path, nvcc: &Path) -> Result<Vec<PathBuf>> {
-        let mut flags: Vec<String> = "-std=c++17 -O3 -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fno-exceptions,-fno-threadsafe-statics"
-            .split(' ')
-            .map(Into::into)
-            .collect();
+        let mut flags: Vec<String> =
+            "-std=c++17 -O3 -lineinfo -Xptxas=-v -Xcompiler=-fPIC,-fno-exceptions,-fno-threadsafe-statics"
+                .split(' ')
+                .map(Into::into)
+                .collect();
         flags.extend(targets()?);
 
         let mut headers = DefaultHasher::new();
@@ -125,13 +130,21 @@ mod cuda {
                         loop {
                             let job = queue.lock().map_err(|e| e.to_string())?.pop();
                             let Some((source, name, object, stamp_file, stamp)) = job else { return Ok(()) };
-                            compile_one(nvcc, &flags, &source, &object, &out.join(format!("{name}.ptxas.txt")))?;
+                            compile_one(
+                                nvcc,
+                                &flags,
+                                &source,
+                                &object,
+                                &out.join(format!("{name}.ptxas.txt")),
+                            )?;
                             fs::write(&stamp_file, stamp).map_err(|e| e.to_string())?;
                         }
                     })
                 })
                 .collect();
-            workers.into_iter().try_for_each(|w| w.join().map_err(|_| "a compile thread panicked".to_string())?)
+            workers
+                .into_iter()
+                .try_for_each(|w| w.join().map_err(|_| "a compile thread panicked".to_string())?)
         })?;
         Ok(objects)
     }
@@ -183,7 +196,8 @@ mod cuda {
         }
         // libclang from a wheel has no headers of its own; the host compiler's will do for <stdint.h>.
         let include = Command::new("gcc").arg("-print-file-name=include").output();
-        let include = include.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default();
+        let include =
+            include.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default();
         let made = std::panic::catch_unwind(|| {
             bindgen::Builder::default()
                 .header(root.join("cuda/kernels.h").to_string_lossy())

@@ -112,7 +112,8 @@ mod cuda {
         {
             let data = DevBuf::<u8>::zeros(&bench.stream, "data", 4 << 30).unwrap();
             let mut mix = DevBuf::<u32>::zeros(&bench.stream, "mix", 1).unwrap();
-            let (median, _, _) = bench.time(2, |_| ops::stream_read(&bench.stream, &data, &mut mix, blocks).unwrap());
+            let (median, _, _) =
+                bench.time(2, |_| ops::stream_read(&bench.stream, &data, &mut mix, blocks).unwrap());
             bench.ceiling = data.len() as f64 / median / 1e6;
             println!("{}, read ceiling {:.2} TB/s over 4 GiB", bench.gpu.name(), bench.ceiling);
         }
@@ -128,8 +129,10 @@ mod cuda {
             let slices = ops::slices(k);
             for m in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048] {
                 let x = random_u16(&b.stream, m * k);
-                let (mut out, mut wide) = (random_u16(&b.stream, m * (HIDDEN + 128)), random_u16(&b.stream, m * (FFN + HIDDEN)));
-                let mut f32_out = DevBuf::<f32>::zeros(&b.stream, "out", slices * m.min(512) * n.min(HIDDEN)).unwrap();
+                let (mut out, mut wide) =
+                    (random_u16(&b.stream, m * (HIDDEN + 128)), random_u16(&b.stream, m * (FFN + HIDDEN)));
+                let mut f32_out =
+                    DevBuf::<f32>::zeros(&b.stream, "out", slices * m.min(512) * n.min(HIDDEN)).unwrap();
                 let mut residual = DevBuf::<f32>::zeros(&b.stream, "x", m * HIDDEN).unwrap();
                 let work = || Work { bytes: weights[0].units.bytes() as f64, flop: 2.0 * (m * n * k) as f64 };
                 for kernel in [MatmulKernel::Gemv, MatmulKernel::Gemm] {
@@ -150,14 +153,17 @@ mod cuda {
                         };
                         let s = if name == "down_dense" && partial { slices } else { 1 };
                         let a = Activations { x: &x, stride: k, tokens: m };
-                        ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output).unwrap();
+                        ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output)
+                            .unwrap();
                     };
                     let per_batch = if m <= 8 { 32 } else { 8 };
                     if m <= 512 {
                         b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
                     }
                     if m > 128 && name == "down_dense" || m > 512 {
-                        b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| run(i, false));
+                        b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| {
+                            run(i, false)
+                        });
                     }
                 }
             }
@@ -176,10 +182,16 @@ mod cuda {
             let partials = DevBuf::<f32>::zeros(s, "partials", slices.max(1) * m * HIDDEN).unwrap();
             let mut out = random_u16(s, m * HIDDEN);
             let bytes = ((if slices > 0 { 4 + 4 + 4 * slices } else { 4 }) + 2) * m * HIDDEN;
-            b.row(&format!("layernorm m {m} slices {slices}"), Work { bytes: bytes as f64, flop: 0.0 }, 32, |_| {
-                let pending = (slices > 0).then_some(PendingSum { partials: &partials, slices, bias: None });
-                ops::layernorm(s, &norm, &mut x, pending, m, &mut out).unwrap();
-            });
+            b.row(
+                &format!("layernorm m {m} slices {slices}"),
+                Work { bytes: bytes as f64, flop: 0.0 },
+                32,
+                |_| {
+                    let pending =
+                        (slices > 0).then_some(PendingSum { partials: &partials, slices, bias: None });
+                    ops::layernorm(s, &norm, &mut x, pending, m, &mut out).unwrap();
+                },
+            );
         }
     }
 
@@ -195,7 +207,8 @@ mod cuda {
             let mut qkv = random_u16(s, m * (HEADS + 2) * 64);
             let mut out = random_u16(s, m * stride);
             let pairs = (0..m).map(|t| position + t + 1).sum::<usize>() as f64;
-            let work = || Work { bytes: ((position + m) * 256) as f64, flop: pairs * (HEADS * 64 * 4) as f64 };
+            let work =
+                || Work { bytes: ((position + m) * 256) as f64, flop: pairs * (HEADS * 64 * 4) as f64 };
             if m <= GEMV_TOKENS {
                 b.row(&format!("attn_decode m {m} position {position}"), work(), 32, |_| {
                     let output = AttnOutput { out: &mut out, first: FFN, stride };
@@ -207,9 +220,14 @@ mod cuda {
                     ops::attn_prefill(s, &qkv, HEADS, &cache, span, output).unwrap();
                 });
             }
-            b.row(&format!("rope m {m}"), Work { bytes: (m * (HEADS + 2) * 256) as f64, flop: 0.0 }, 32, |_| {
-                ops::rope(s, &mut qkv, HEADS, &mut cache, &table, span).unwrap();
-            });
+            b.row(
+                &format!("rope m {m}"),
+                Work { bytes: (m * (HEADS + 2) * 256) as f64, flop: 0.0 },
+                32,
+                |_| {
+                    ops::rope(s, &mut qkv, HEADS, &mut cache, &table, span).unwrap();
+                },
+            );
         }
     }
 
@@ -219,9 +237,14 @@ mod cuda {
         let mut logits = DevBuf::<f32>::zeros(s, "logits", 8 * VOCAB).unwrap();
         for m in [1, 8] {
             let x = random_u16(s, m * HIDDEN);
-            b.row(&format!("head m {m}"), Work { bytes: table.units.bytes() as f64, flop: 2.0 * (m * VOCAB * HIDDEN) as f64 }, 8, |_| {
-                ops::head(s, &table, &x, 0, m, &mut logits).unwrap();
-            });
+            b.row(
+                &format!("head m {m}"),
+                Work { bytes: table.units.bytes() as f64, flop: 2.0 * (m * VOCAB * HIDDEN) as f64 },
+                8,
+                |_| {
+                    ops::head(s, &table, &x, 0, m, &mut logits).unwrap();
+                },
+            );
         }
         // A bell of deviation 2.5, as a model's logits are; equal logits would be sampling's worst case.
         let mut state = 3u64;
@@ -237,9 +260,14 @@ mod cuda {
         logits.upload(s, 0, &bell).unwrap();
         let mut sampler = SamplerState::new(&b.gpu, s, VOCAB, 4096).unwrap();
         ops::start(s, &mut sampler, &[1, 2, 3], VOCAB).unwrap();
-        let card = Sampling { temperature: 0.7, top_p: 0.95, repetition_penalty: 1.15, ..Sampling::default() };
+        let card =
+            Sampling { temperature: 0.7, top_p: 0.95, repetition_penalty: 1.15, ..Sampling::default() };
         let whole = Sampling { temperature: 1.0, top_k: 0, top_p: 0.9, ..Sampling::default() };
-        for (name, sampling) in [("greedy", Sampling::default()), ("card: top_k 50 top_p 0.95", card), ("top_p 0.9 of all", whole)] {
+        for (name, sampling) in [
+            ("greedy", Sampling::default()),
+            ("card: top_k 50 top_p 0.95", card),
+            ("top_p 0.9 of all", whole),
+        ] {
             b.row(&format!("sample {name}"), Work { bytes: (VOCAB * 4) as f64, flop: 0.0 }, 8, |_| {
                 ops::sample(s, &mut sampler, &logits, VOCAB, &sampling).unwrap();
             });

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-constexpr int BLOCK_THREADS = 1024;
+constexpr int BLOCK_THREADS = 512;
 constexpr int BLOCK_WARPS = BLOCK_THREADS / 32;
 
 // Combines one value a thread; every thread gets the result. `shared` holds BLOCK_WARPS values and may be reused at once.

@@ -4,11 +4,11 @@
 //          Equal logits stand or fall together in top_k and top_p.
 // Choice   Gumbel-max: the largest of logit / temperature + g(id), g from Philox4x32-10 at counter (id, position), key = seed. It
 //          needs no sum and no order, so it is the same on any device, and later for a token verified by speculation.
-// Mapping  one block of 1024 threads; each pass reads 260 KB from L2, 16 bytes a load. top_k and top_p find their threshold by radix
-//          select, 8 bits of the ordered logit a pass. Atomics on few bins are slow, so a coarse histogram (top_k) or the mass of the
-//          tail (top_p) first leaves only some hundred candidates. Probability mass is summed in integers (2^-40 steps), so that
-//          the order of the atomics is without effect: same token every run.
-// Tried    match.any to join a warp's atomics on all 65024 logits: 50 us a pass, 263 us for the card's settings.
+// Mapping  one block of 512 threads (1024 would leave 64 registers, which spill); each pass reads 260 KB from L2, 16 bytes a load. top_k and top_p find their threshold in a coarse
+//          histogram, then by radix select of one of its bins. Probability mass is summed in integers (2^-40 steps), so that the order
+//          of the atomics is without effect: same token every run.
+// Tried    radix select of all logits: the first pass's atomics fall on few bins, 0.8 ms for top_p of a bell of logits; match.any to
+//          join a warp's atomics: 50 us a pass.
 #include <math_constants.h>
 #include "block.cuh"
 #include "launch.cuh"
@@ -17,8 +17,8 @@ namespace {
 
 constexpr int BINS = 256;
 constexpr float MASS_ONE = 1099511627776.f;  // 2^40 steps for a probability weight of 1
+constexpr int LIMB_BITS = 14;  // 131072 limbs fit 32 bits
 constexpr float COARSE_STEP = 0.125f;
-constexpr float TAIL = 12.f;  // a logit this far below the largest has a weight of 6e-6
 
 // Larger float, larger key.
 __device__ __forceinline__ uint32_t ordered(float v) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ unsigned long long mass(float v, float top) { return 
 // Loads of a batch are issued together: one SM has nothing else to hide its latency with.
 template <typename F>
 __device__ __forceinline__ void for_each(const float* values, uint32_t vocab, F f) {
-    constexpr int BATCH = 4;
+    constexpr int BATCH = 8;
     const float4* vectors = reinterpret_cast<const float4*>(values);
     for (uint32_t base = threadIdx.x; base < vocab / 4; base += BLOCK_THREADS * BATCH) {
         float4 v[BATCH];
@@ -79,80 +79,113 @@ __device__ __forceinline__ void for_each(const float* values, uint32_t vocab, F 
     }
 }
 
-// Radix select over the ordered keys of scratch that are >= floor_key, eight bits a pass.
-// COUNT: the wanted-th largest key. Otherwise: the smallest key at which the mass, added from the smallest key up, passes `wanted`.
+// A coarse histogram of the distance below the largest logit; the last bin takes all that is further away.
+__device__ __forceinline__ uint32_t coarse_bin(float v, float top) { return (uint32_t)fminf((top - v) * (1.f / COARSE_STEP), BINS - 1.f); }
+
+// What a bin holds: COUNT: logits; otherwise their mass, in three limbs, since 32-bit atomics are much cheaper than 64-bit ones.
+struct Bins {
+    uint32_t limb[3][BINS];
+    __device__ __forceinline__ void clear() {
+        for (uint32_t i = threadIdx.x; i < 3 * BINS; i += BLOCK_THREADS) limb[0][i] = 0;
+    }
+    template <bool COUNT>
+    __device__ __forceinline__ void add(uint32_t bin, float v, float top) {
+        if (COUNT) {
+            atomicAdd(&limb[0][bin], 1u);
+            return;
+        }
+        const unsigned long long m = mass(v, top);
+#pragma unroll
+        for (int i = 0; i < 3; i++) atomicAdd(&limb[i][bin], (uint32_t)(m >> (LIMB_BITS * i)) & ((1u << LIMB_BITS) - 1));
+    }
+    __device__ __forceinline__ unsigned long long weight(uint32_t bin) const {
+        return limb[0][bin] + ((unsigned long long)limb[1][bin] << LIMB_BITS) + ((unsigned long long)limb[2][bin] << (2 * LIMB_BITS));
+    }
+};
+
+// The first bin, from bin 0 up or from the last one down, at which the running weight reaches (COUNT) or passes (mass) `wanted`; the
+// last one if none does. Takes the weight before that bin off `wanted`. Every warp finds it by a scan of its own, eight bins a lane.
 template <bool COUNT>
-__device__ uint32_t threshold(const SampleParams& p, float top, uint32_t floor_key, unsigned long long wanted, unsigned long long* bins) {
-    uint32_t* counts = reinterpret_cast<uint32_t*>(bins);  // 32-bit atomics are much cheaper
+__device__ uint32_t find_bin(const Bins& bins, bool downwards, unsigned long long& wanted) {
+    constexpr uint32_t OWN = BINS / 32;
+    const uint32_t lane = threadIdx.x % 32;
+    const auto at = [&](uint32_t i) { return downwards ? BINS - 1 - i : i; };
+    unsigned long long sum = 0;
+    for (uint32_t j = 0; j < OWN; j++) sum += bins.weight(at(lane * OWN + j));
+    unsigned long long before = sum;  // inclusive scan over lanes, then exclusive
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const unsigned long long other = __shfl_up_sync(~0u, before, step);
+        if (lane >= step) before += other;
+    }
+    before -= sum;
+    uint32_t found = BINS - 1;
+    bool hit = false;
+    for (uint32_t i = lane * OWN; i < (lane + 1) * OWN && !hit; i++) {
+        const unsigned long long own = bins.weight(at(i));
+        hit = (COUNT ? before + own >= wanted : before + own > wanted) || i == BINS - 1;
+        if (hit) found = i;
+        else before += own;
+    }
+    __syncwarp();
+    const uint32_t first = __ffs(__ballot_sync(~0u, hit)) - 1;  // the last lane always hits
+    wanted -= __shfl_sync(~0u, before, first);
+    return at(__shfl_sync(~0u, found, first));
+}
+
+struct Range {
+    uint32_t low, high;
+};
+
+// COUNT: the wanted-th largest key of scratch. Otherwise: of the keys >= floor_key, the smallest at which the mass, added from the
+// smallest key up, passes `wanted`. First the coarse bin it is in, then radix select, eight bits a pass, over that bin alone.
+template <bool COUNT>
+__device__ uint32_t threshold(const SampleParams& p, float top, uint32_t floor_key, unsigned long long wanted, Bins& bins, Range* shared) {
+    bins.clear();
+    __syncthreads();
+    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+        if (ordered(v) >= floor_key) bins.add<COUNT>(coarse_bin(v, top), v, top);
+    });
+    __syncthreads();
+    // Coarse bins count away from the largest logit: top_k starts there, top_p at the far end.
+    const uint32_t coarse = find_bin<COUNT>(bins, !COUNT, wanted);
+    const auto in = [&](float v) { return ordered(v) >= floor_key && coarse_bin(v, top) == coarse; };
+
+    // Leading bits that all keys of the bin share need no pass.
+    Range range = {0xffffffffu, 0};
+    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+        if (in(v)) range = {min(range.low, ordered(v)), max(range.high, ordered(v))};
+    });
+    range = block_reduce(range, shared, [](Range a, Range b) { return Range{min(a.low, b.low), max(a.high, b.high)}; });
+    if (range.low >= range.high) return range.high;
+    const int top_bit = 31 - __clz(range.low ^ range.high);
     uint32_t prefix = 0, mask = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        if (threadIdx.x < BINS) bins[threadIdx.x] = 0;
+    for (int shift = top_bit / 8 * 8; shift >= 0; shift -= 8) {
+        if (mask == 0 && shift < 24) mask = 0xffffffffu << (shift + 8), prefix = range.low & mask;
+        __syncthreads();
+        bins.clear();
         __syncthreads();
         for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
             const uint32_t key = ordered(v);
-            if (key < floor_key || (key & mask) != prefix) return;
-            if (COUNT) atomicAdd(counts + (key >> shift & 255), 1u);
-            else atomicAdd(bins + (key >> shift & 255), mass(v, top));
+            if (in(v) && (key & mask) == prefix) bins.add<COUNT>(key >> shift & 255, v, top);
         });
         __syncthreads();
-        // Every thread walks the bins: 256 broadcasts, and nobody waits for a result.
-        uint32_t digit = COUNT ? 0 : BINS - 1;
-        for (int i = 0; i < BINS; i++) {
-            const int bin = COUNT ? BINS - 1 - i : i;
-            const unsigned long long weight = COUNT ? counts[bin] : bins[bin];
-            if (COUNT ? weight >= wanted : weight > wanted) {
-                digit = bin;
-                break;
-            }
-            wanted -= weight;
-        }
-        prefix |= digit << shift;
+        prefix |= find_bin<COUNT>(bins, COUNT, wanted) << shift;
         mask |= 255u << shift;
-        __syncthreads();
     }
+    __syncthreads();
     return prefix;
 }
 
-// Mass of the keys in [from, below).
-__device__ unsigned long long mass_between(const SampleParams& p, float top, uint32_t from, uint32_t below, unsigned long long* shared) {
-    unsigned long long sum = 0;
-    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
-        const uint32_t key = ordered(v);
-        if (key >= from && key < below) sum += mass(v, top);
-    });
-    return block_reduce(sum, shared, [](unsigned long long a, unsigned long long b) { return a + b; });
-}
-
-// Smallest key that top_k keeps: the top_k-th largest.
-__device__ uint32_t top_k_key(const SampleParams& p, float top, unsigned long long* bins) {
-    // Count in steps of 1/8 below the largest: everything from the step on that completes top_k is a candidate.
-    uint32_t* counts = reinterpret_cast<uint32_t*>(bins);
-    if (threadIdx.x < BINS) counts[threadIdx.x] = 0;
-    __syncthreads();
-    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
-        if (top - v < BINS * COARSE_STEP) atomicAdd(&counts[(uint32_t)((top - v) * (1.f / COARSE_STEP))], 1);
-    });
-    __syncthreads();
-    uint32_t reached = 0, steps = 0;
-    while (steps < BINS && reached < p.top_k) reached += counts[steps++];
-    __syncthreads();
-    // One step more: the bin was found by a rounded division.
-    const uint32_t floor_key = reached < p.top_k ? 0 : ordered(top - (float)(steps + 1) * COARSE_STEP);
-    return threshold<true>(p, top, floor_key, p.top_k, bins);
-}
-
 // Smallest key that top_p keeps, of those >= floor_key.
-__device__ uint32_t top_p_key(const SampleParams& p, float top, uint32_t floor_key, unsigned long long* bins) {
-    const unsigned long long total = mass_between(p, top, floor_key, 0xffffffffu, bins);
-    unsigned long long removed = (unsigned long long)((1.0 - (double)p.top_p) * (double)total);
-    // Thousands of atomics on few bins are slow, so the far tail goes at once where its whole mass may go.
-    const uint32_t tail_key = ordered(top - TAIL);
-    if (tail_key > floor_key) {
-        const unsigned long long tail = mass_between(p, top, floor_key, tail_key, bins);
-        if (tail <= removed) floor_key = tail_key, removed -= tail;
-    }
-    __syncthreads();
-    return min(threshold<false>(p, top, floor_key, removed, bins), ordered(top));
+__device__ uint32_t top_p_key(const SampleParams& p, float top, uint32_t floor_key, Bins& bins, Range* shared, unsigned long long* sums) {
+    unsigned long long total = 0;
+    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+        if (ordered(v) >= floor_key) total += mass(v, top);
+    });
+    total = block_reduce(total, sums, [](unsigned long long a, unsigned long long b) { return a + b; });
+    const unsigned long long removed = (unsigned long long)((1.0 - (double)p.top_p) * (double)total);
+    return min(threshold<false>(p, top, floor_key, removed, bins, shared), ordered(top));
 }
 
 __device__ __forceinline__ float penalised(const SampleParams& p, uint32_t id, float v) {
@@ -186,13 +219,15 @@ __device__ Survey survey(const SampleParams& p, uint32_t length) {
         s.top = fmaxf(s.top, v);
         const float processed = penalised(p, id, v);
         if (keep) p.scratch[id] = processed;
-        s.best = better(s.best, {processed, id});
+        if (processed > s.best.score) s.best = {processed, id};  // ids rise, so of equal ones the first stays
     });
     if (p.no_repeat_ngram_size) {
         __syncthreads();
         ban_repeats(p, length);
         s.best = {-CUDART_INF_F, 0xffffffffu};
-        for_each(p.scratch, p.vocab, [&](uint32_t id, float v) { s.best = better(s.best, {v, id}); });
+        for_each(p.scratch, p.vocab, [&](uint32_t id, float v) {
+            if (v > s.best.score) s.best = {v, id};
+        });
     }
     return s;
 }
@@ -202,13 +237,17 @@ __device__ __forceinline__ Survey join(Survey a, Survey b) {
 }
 
 // The random choice among the processed logits in scratch, which it divides by the temperature. `largest` is the largest.
-__device__ Best choose(const SampleParams& p, uint32_t length, float largest, unsigned long long* bins, Best* shared) {
+__device__ Best choose(const SampleParams& p, uint32_t length, float largest) {
+    __shared__ Bins bins;
+    __shared__ Range ranges[BLOCK_WARPS];
+    __shared__ unsigned long long sums[BLOCK_WARPS];
+    __shared__ Best shared[BLOCK_WARPS];
     for (uint32_t i = threadIdx.x; i < p.vocab; i += BLOCK_THREADS) p.scratch[i] = p.scratch[i] / p.temperature;
     __syncthreads();
     const float top = largest / p.temperature;
     uint32_t floor_key = 0;
-    if (p.top_k && p.top_k < p.vocab) floor_key = top_k_key(p, top, bins);
-    if (p.top_p < 1.f) floor_key = top_p_key(p, top, floor_key, bins);
+    if (p.top_k && p.top_k < p.vocab) floor_key = threshold<true>(p, top, 0, p.top_k, bins, ranges);
+    if (p.top_p < 1.f) floor_key = top_p_key(p, top, floor_key, bins, ranges, sums);
     Best best = {-CUDART_INF_F, 0xffffffffu};
     for_each(p.scratch, p.vocab, [&](uint32_t id, float v) {
         if (ordered(v) < floor_key || v == -CUDART_INF_F || expf(v - top) < p.min_p) return;
@@ -219,8 +258,6 @@ __device__ Best choose(const SampleParams& p, uint32_t length, float largest, un
 
 __global__ void __launch_bounds__(BLOCK_THREADS) sample_kernel(const __grid_constant__ SampleParams p) {
     overlap_next();
-    __shared__ unsigned long long bins[BINS];
-    __shared__ Best best_shared[BLOCK_WARPS];
     __shared__ Survey survey_shared[BLOCK_WARPS];
     __shared__ float float_shared[BLOCK_WARPS];
     wait_previous();
@@ -230,7 +267,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS) sample_kernel(const __grid_cons
     float sum = 0.f;
     for_each(p.logits, p.vocab, [&](uint32_t, float v) { sum += expf(v - s.top); });
     sum = block_reduce(sum, float_shared, [](float a, float b) { return a + b; });
-    const Best best = p.temperature == 0.f ? s.best : choose(p, length, s.best.score, bins, best_shared);
+    const Best best = p.temperature == 0.f ? s.best : choose(p, length, s.best.score);
     if (threadIdx.x != 0) return;
 
     const uint32_t id = best.id < p.vocab ? best.id : 0;  // every logit -infinity or NaN: `fault` tells, or id 0

@@ -221,7 +221,7 @@ impl CpuTimeline {
         Ok(())
     }
 
-    /// Prepares [`CpuTimeline::next`]: how to choose, and every token so far (as many as the cache holds), over
+    /// Prepares [`CpuTimeline::next_token`]: how to choose, and every token so far (as many as the cache holds), over
     /// which the repetition penalty counts.
     ///
     /// # Errors
@@ -237,15 +237,14 @@ impl CpuTimeline {
         Ok(())
     }
 
-    /// Chooses the token after the last one. It is put into the cache by the `next` that follows, if one does.
+    /// Chooses the token after the last one. It is put into the cache by the `next_token` that follows, if one does.
     ///
     /// # Errors
     /// [`Error::Usage`] if [`CpuTimeline::begin`] was not called, no logits are held (after a rewind), or the
     /// context is full; [`Error::Cuda`] from [`sampler::sample`] if the logits are not numbers.
-    #[allow(clippy::should_implement_trait, reason = "one name on both devices; it never ends by itself")]
-    pub fn next(&mut self) -> Result<Sampled> {
+    pub fn next_token(&mut self) -> Result<Sampled> {
         let Some(mut choices) = self.choices.take() else {
-            return Err(Error::Usage("next: call begin first".to_owned()));
+            return Err(Error::Usage("next_token: call begin first".to_owned()));
         };
         if let Some(id) = choices.pending {
             let x = self.append(&[id])?;
@@ -253,7 +252,7 @@ impl CpuTimeline {
         }
         let Some(logits) = &self.logits else {
             return Err(Error::Usage(
-                "next: no logits are held; prefill at least one token first".to_owned(),
+                "next_token: no logits are held; prefill at least one token first".to_owned(),
             ));
         };
         let sampled = sampler::sample(logits, &choices.history, &choices.sampling)?;

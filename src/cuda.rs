@@ -16,7 +16,7 @@ use crate::gpu::{Gpu, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::{Sampled, Sampling};
 use crate::scratch::Scratch;
-use crate::weights::{Progress, Weights};
+use crate::weights::Weights;
 
 /// Most tokens of one prefill call; longer prompts go in several.
 const PREFILL_TOKENS: usize = 2048;
@@ -37,7 +37,11 @@ impl CudaModel {
     ///
     /// # Errors
     /// [`Error::NoGpu`], [`Error::OutOfGpuMemory`], or a driver failure.
-    pub fn load(checkpoint: &Checkpoint, ordinal: usize, progress: Option<Progress>) -> Result<CudaModel> {
+    pub fn load(
+        checkpoint: &Checkpoint,
+        ordinal: usize,
+        progress: Option<fn(u64, u64)>,
+    ) -> Result<CudaModel> {
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.stream()?;
         let gemv_works = ops::unpack_check(&stream)? == 0;
@@ -64,7 +68,10 @@ impl CudaModel {
     }
 
     fn act_order(&self) -> bool {
-        self.weights.layers.iter().any(|l| l.qkv_source.is_some() || l.up_source.is_some() || l.down_dense_source.is_some())
+        self.weights
+            .layers
+            .iter()
+            .any(|l| l.qkv_source.is_some() || l.up_source.is_some() || l.down_dense_source.is_some())
     }
 }
 
@@ -108,13 +115,27 @@ impl CudaTimeline {
     pub fn new(model: Arc<CudaModel>, max_context: usize) -> Result<CudaTimeline> {
         let config = &model.config;
         if max_context == 0 || max_context > config.max_positions {
-            return Err(Error::Usage(format!("context size {max_context}: wanted 1 to {}", config.max_positions)));
+            return Err(Error::Usage(format!(
+                "context size {max_context}: wanted 1 to {}",
+                config.max_positions
+            )));
         }
         let stream = model.gpu.stream()?;
         let cache = KvCache::new(&stream, config.num_layers, max_context)?;
-        let scratch = Scratch::new(&stream, config, max_context, max_context.min(PREFILL_TOKENS), model.act_order())?;
+        let scratch =
+            Scratch::new(&stream, config, max_context, max_context.min(PREFILL_TOKENS), model.act_order())?;
         let sampler = SamplerState::new(&model.gpu, &stream, config.vocab_size, max_context + 1)?;
-        Ok(CudaTimeline { stream, cache, scratch, sampler, step: None, position: 0, logits_held: false, running: None, model })
+        Ok(CudaTimeline {
+            stream,
+            cache,
+            scratch,
+            sampler,
+            step: None,
+            position: 0,
+            logits_held: false,
+            running: None,
+            model,
+        })
     }
 
     /// Tokens in the cache.
@@ -132,7 +153,10 @@ impl CudaTimeline {
     /// Forgets everything from `position` on. Steps still queued write behind it and are overwritten in stream order.
     pub fn rewind(&mut self, position: usize) -> Result<()> {
         if position > self.position {
-            return Err(Error::Usage(format!("rewind to {position}: the cache holds {} tokens", self.position)));
+            return Err(Error::Usage(format!(
+                "rewind to {position}: the cache holds {} tokens",
+                self.position
+            )));
         }
         self.running = None;
         self.logits_held = false;
@@ -158,10 +182,16 @@ impl CudaTimeline {
         self.logits_held = false;
         let room = self.cache.max_context - self.position;
         if ids.len() > room {
-            return Err(Error::Usage(format!("{} tokens do not fit the {room} positions left of the context", ids.len())));
+            return Err(Error::Usage(format!(
+                "{} tokens do not fit the {room} positions left of the context",
+                ids.len()
+            )));
         }
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.model.config.vocab_size) {
-            return Err(Error::Usage(format!("token id {id}: the vocabulary has {}", self.model.config.vocab_size)));
+            return Err(Error::Usage(format!(
+                "token id {id}: the vocabulary has {}",
+                self.model.config.vocab_size
+            )));
         }
         self.sampler.set_position(&self.stream, self.position)?;
         self.scratch.ids.upload(&self.stream, 0, ids)?;
@@ -183,7 +213,12 @@ impl CudaTimeline {
 
     /// Appends `ids` and hands the logits `[vocab]` of each to `sink`, in order. `token_by_token`: one pass a token, as decoding
     /// does it; otherwise one pass for all.
-    pub fn logits(&mut self, ids: &[u32], token_by_token: bool, sink: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+    pub fn logits(
+        &mut self,
+        ids: &[u32],
+        token_by_token: bool,
+        sink: &mut dyn FnMut(&[f32]) -> Result<()>,
+    ) -> Result<()> {
         let vocab = self.model.config.vocab_size;
         let room = if token_by_token { 1 } else { self.scratch.tokens };
         for chunk in ids.chunks(room) {
@@ -209,17 +244,18 @@ impl CudaTimeline {
         }
         ops::start(&self.stream, &mut self.sampler, history, self.model.config.vocab_size)?;
         let queued = VecDeque::new();
-        self.running = Some(Running { sampling: sampling.clone(), start: self.position, returned: 0, queued });
+        self.running =
+            Some(Running { sampling: sampling.clone(), start: self.position, returned: 0, queued });
         Ok(())
     }
 
-    /// Chooses the next token. It is appended to the cache before the following `next`.
+    /// Chooses the next token. It is appended to the cache before the following `next_token`.
     ///
     /// # Errors
     /// [`Error::Usage`] when the context is full; [`Error::Cuda`] if a kernel failed or a logit is not a number.
-    pub fn next(&mut self) -> Result<Sampled> {
+    pub fn next_token(&mut self) -> Result<Sampled> {
         let Some(mut running) = self.running.take() else {
-            return Err(Error::Usage("next: no generation was begun".into()));
+            return Err(Error::Usage("next_token: no generation was begun".into()));
         };
         // Step s chooses token s; from the second on it first appends token s - 1 at position start + s - 2.
         while running.queued.len() < AHEAD {
@@ -230,7 +266,13 @@ impl CudaTimeline {
             if step > 1 {
                 self.queue_step()?;
             }
-            ops::sample(&self.stream, &mut self.sampler, &self.scratch.logits, self.model.config.vocab_size, &running.sampling)?;
+            ops::sample(
+                &self.stream,
+                &mut self.sampler,
+                &self.scratch.logits,
+                self.model.config.vocab_size,
+                &running.sampling,
+            )?;
             running.queued.push_back(self.stream.record(false)?);
         }
         let Some(event) = running.queued.pop_front() else {

@@ -10,7 +10,9 @@
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::Stream;
-use crate::gpu::ops::{self, Activations, AttnOutput, GEMV_TOKENS, Ids, MatmulKernel, MatmulOutput, PendingSum, Span};
+use crate::gpu::ops::{
+    self, Activations, AttnOutput, GEMV_TOKENS, Ids, MatmulKernel, MatmulOutput, PendingSum, Span,
+};
 use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
@@ -55,7 +57,8 @@ impl Pass<'_> {
             self.down_dense(layer, m)?;
             let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
             let s = &mut *self.scratch;
-            let sum = PendingSum { partials: &s.partials, slices: s.slices, bias: layer.down_dense_bias.as_ref() };
+            let sum =
+                PendingSum { partials: &s.partials, slices: s.slices, bias: layer.down_dense_bias.as_ref() };
             let pending = (m <= PARTIAL_TOKENS).then_some(sum);
             ops::layernorm(stream, next_norm, &mut s.x, pending, m, &mut s.normed)?;
         }
@@ -76,7 +79,11 @@ impl Pass<'_> {
         let (stream, kernel, n) = (self.stream, self.kernel(m), layer.qkv_up.n);
         let (hidden, qkv_size) = (self.config.hidden_size, self.config.qkv_size());
         let s = &mut *self.scratch;
-        let parts = if layer.one_source { vec![(0..n, &layer.qkv_source)] } else { vec![(0..qkv_size, &layer.qkv_source), (qkv_size..n, &layer.up_source)] };
+        let parts = if layer.one_source {
+            vec![(0..n, &layer.qkv_source)]
+        } else {
+            vec![(0..qkv_size, &layer.qkv_source), (qkv_size..n, &layer.up_source)]
+        };
         for (rows, source) in parts {
             let x = match (source, &mut s.permuted_normed) {
                 (Some(source), Some(permuted)) => {
@@ -92,7 +99,15 @@ impl Pass<'_> {
                 split_row: qkv_size,
                 bias: layer.qkv_up_bias.as_ref(),
             };
-            ops::gptq_matmul(stream, kernel, &layer.qkv_up, rows, Activations { x, stride: hidden, tokens: m }, 1, output)?;
+            ops::gptq_matmul(
+                stream,
+                kernel,
+                &layer.qkv_up,
+                rows,
+                Activations { x, stride: hidden, tokens: m },
+                1,
+                output,
+            )?;
         }
         Ok(())
     }
@@ -103,7 +118,11 @@ impl Pass<'_> {
         let span = Span { state: self.state, tokens: m, max_context: self.cache.max_context };
         let cache = &mut self.cache.layers[index];
         ops::rope(stream, &mut s.qkv, heads, cache, &self.weights.rope_table, span)?;
-        let output = AttnOutput { out: &mut s.wide, first: self.config.ffn_size, stride: self.config.ffn_size + self.config.hidden_size };
+        let output = AttnOutput {
+            out: &mut s.wide,
+            first: self.config.ffn_size,
+            stride: self.config.ffn_size + self.config.hidden_size,
+        };
         if m <= GEMV_TOKENS {
             ops::attn_decode(stream, &s.qkv, heads, cache, span, &mut s.attn, output)
         } else {
@@ -127,6 +146,14 @@ impl Pass<'_> {
         } else {
             (1, MatmulOutput::Residual { x: &mut s.x, bias: layer.down_dense_bias.as_ref() })
         };
-        ops::gptq_matmul(stream, kernel, &layer.down_dense, 0..layer.down_dense.n, Activations { x, stride: wide, tokens: m }, slices, output)
+        ops::gptq_matmul(
+            stream,
+            kernel,
+            &layer.down_dense,
+            0..layer.down_dense.n,
+            Activations { x, stride: wide, tokens: m },
+            slices,
+            output,
+        )
     }
 }

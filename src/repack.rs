@@ -27,7 +27,9 @@ impl InputOrder {
     pub fn of(w: &GptqTensor<'_>) -> Result<InputOrder> {
         let groups: Vec<u32> = match w.g_idx {
             None => (0..w.k).map(|k| (k / w.group_size) as u32).collect(),
-            Some(bytes) => bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Some(bytes) => {
+                bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
         };
         let source = w.g_idx.map(|_| {
             let mut order: Vec<u32> = (0..w.k as u32).collect();
@@ -64,7 +66,12 @@ fn zero(w: &GptqTensor<'_>, n: usize, g: usize) -> u32 {
 /// The units of `w`, `[n / 16][k / 64][unit_bytes]`, with `scales_per_row` scales a row (at least the order's) and zero points
 /// or not: what `gptq_repack` writes for a matrix that stands alone.
 #[must_use]
-pub fn gptq_repack(w: &GptqTensor<'_>, order: &InputOrder, scales_per_row: usize, has_zeros: bool) -> Vec<u8> {
+pub fn gptq_repack(
+    w: &GptqTensor<'_>,
+    order: &InputOrder,
+    scales_per_row: usize,
+    has_zeros: bool,
+) -> Vec<u8> {
     let mut out = Vec::new();
     for tile in 0..w.n / UNIT_ROWS {
         for unit in 0..w.k / UNIT_INPUTS {
@@ -86,7 +93,9 @@ pub fn gptq_repack(w: &GptqTensor<'_>, order: &InputOrder, scales_per_row: usize
                 let group = |half: usize| order.group[unit * 2 + half] as usize;
                 let rows = (0..8).flat_map(|g| [g, g + 8]);
                 let pairs = (0..scales_per_row).flat_map(|half| rows.clone().map(move |row| (half, row)));
-                pairs.flat_map(|(half, row)| value(tile * UNIT_ROWS + row, group(half)).to_le_bytes()).collect()
+                pairs
+                    .flat_map(|(half, row)| value(tile * UNIT_ROWS + row, group(half)).to_le_bytes())
+                    .collect()
             };
             out.extend(half_words(&|n, g| f32_to_f16(w.scales.get(g * w.n + n))));
             if has_zeros {
@@ -108,7 +117,8 @@ pub fn table_repack(table: &[u16], k: usize) -> Vec<u16> {
             let (step, kk, r) = (input % UNIT_INPUTS / 16, input % 16, row % UNIT_ROWS);
             let lane = r % 8 * 4 + kk % 8 / 2;
             let register = kk / 8 * 2 + r / 8;
-            out[unit * UNIT_ROWS * UNIT_INPUTS + step * 256 + lane * 8 + register * 2 + kk % 2] = table[row * k + input];
+            out[unit * UNIT_ROWS * UNIT_INPUTS + step * 256 + lane * 8 + register * 2 + kk % 2] =
+                table[row * k + input];
         }
     }
     out

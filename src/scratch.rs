@@ -37,10 +37,18 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     /// For calls of up to `tokens` tokens; `act_order` adds the gathered copies.
-    pub(crate) fn new(stream: &Stream, config: &ModelConfig, max_context: usize, tokens: usize, act_order: bool) -> Result<Scratch> {
+    pub(crate) fn new(
+        stream: &Stream,
+        config: &ModelConfig,
+        max_context: usize,
+        tokens: usize,
+        act_order: bool,
+    ) -> Result<Scratch> {
         let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
         let slices = ops::slices(wide);
-        let permuted = |n: usize| act_order.then(|| DevBuf::zeros(stream, "permuted activations", tokens * n)).transpose();
+        let permuted = |n: usize| {
+            act_order.then(|| DevBuf::zeros(stream, "permuted activations", tokens * n)).transpose()
+        };
         Ok(Scratch {
             tokens,
             ids: DevBuf::zeros(stream, "token ids", tokens)?,

@@ -10,15 +10,15 @@ use std::sync::OnceLock;
 
 /// The switches' states.
 #[derive(Debug, Clone, Copy)]
-pub struct Switches {
+pub(crate) struct Switches {
     /// `PEREGRINE_SYNC`
-    pub sync: bool,
+    pub(crate) sync: bool,
     /// `PEREGRINE_NO_GRAPH`
-    pub no_graph: bool,
+    pub(crate) no_graph: bool,
 }
 
 /// The switches of this process.
-pub fn switches() -> Switches {
+pub(crate) fn switches() -> Switches {
     static SWITCHES: OnceLock<Switches> = OnceLock::new();
     let on = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty() && v != "0");
     *SWITCHES.get_or_init(|| Switches { sync: on("PEREGRINE_SYNC"), no_graph: on("PEREGRINE_NO_GRAPH") })

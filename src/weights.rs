@@ -17,7 +17,7 @@ use crate::reference;
 use crate::repack::InputOrder;
 
 /// Called with bytes done and bytes in all.
-pub type Progress = fn(done_bytes: u64, total_bytes: u64);
+pub(crate) type Progress = fn(done_bytes: u64, total_bytes: u64);
 
 /// One decoder layer.
 pub(crate) struct Layer {
@@ -52,7 +52,12 @@ impl Weights {
     ///
     /// # Errors
     /// Out of GPU memory, a driver failure, or a group size the kernels do not take.
-    pub(crate) fn load(gpu: &Gpu, stream: &Stream, checkpoint: &Checkpoint, progress: Option<Progress>) -> Result<Weights> {
+    pub(crate) fn load(
+        gpu: &Gpu,
+        stream: &Stream,
+        checkpoint: &Checkpoint,
+        progress: Option<Progress>,
+    ) -> Result<Weights> {
         let config = checkpoint.config();
         let mut loader = Loader::new(gpu, stream, checkpoint, progress)?;
         let embedding = loader.table(checkpoint.embedding())?;
@@ -117,10 +122,16 @@ const RAW_ALIGN: usize = 256;
 const FILL_THREADS: usize = 6;
 
 impl<'a> Loader<'a> {
-    fn new(gpu: &Gpu, stream: &'a Stream, checkpoint: &Checkpoint, progress: Option<Progress>) -> Result<Loader<'a>> {
+    fn new(
+        gpu: &Gpu,
+        stream: &'a Stream,
+        checkpoint: &Checkpoint,
+        progress: Option<Progress>,
+    ) -> Result<Loader<'a>> {
         let config = checkpoint.config();
         let mut raw_bytes = Staging::HALF_BYTES;
-        let mut total_bytes = 2 * checkpoint.embedding().len() + checkpoint.lm_head().map_or(0, |t| 2 * t.len());
+        let mut total_bytes =
+            2 * checkpoint.embedding().len() + checkpoint.lm_head().map_or(0, |t| 2 * t.len());
         for i in 0..config.num_layers {
             let layer = checkpoint.layer(i);
             for w in [&layer.query_key_value, &layer.dense, &layer.dense_h_to_4h, &layer.dense_4h_to_h] {
@@ -153,9 +164,15 @@ impl<'a> Loader<'a> {
     fn upload(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
         for (i, part) in bytes.chunks(Staging::HALF_BYTES).enumerate() {
             let threads = self.threads;
-            self.staging.copy(self.stream, &mut self.raw, at + i * Staging::HALF_BYTES, part.len(), |host| {
-                each_part(host, part, threads, 1, 1, |to, from| to.copy_from_slice(from));
-            })?;
+            self.staging.copy(
+                self.stream,
+                &mut self.raw,
+                at + i * Staging::HALF_BYTES,
+                part.len(),
+                |host| {
+                    each_part(host, part, threads, 1, 1, |to, from| to.copy_from_slice(from));
+                },
+            )?;
             self.advance(part.len());
         }
         Ok(())
@@ -204,7 +221,8 @@ impl<'a> Loader<'a> {
         let mut qkv_up = self.matrix(qkv.n + up.n, qkv.k, [(qkv, &qkv_order), (up, &up_order)])?;
         self.repack(qkv, &qkv_order, &mut qkv_up, 0, 0)?;
         self.repack(up, &up_order, &mut qkv_up, qkv.n, 0)?;
-        let mut down_dense = self.matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?;
+        let mut down_dense =
+            self.matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?;
         self.repack(down, &down_order, &mut down_dense, 0, 0)?;
         self.repack(dense, &dense_order, &mut down_dense, 0, down.k)?;
 
@@ -219,7 +237,9 @@ impl<'a> Loader<'a> {
             (Some(a), Some(b)) => Some(a.to_f32().iter().zip(b.to_f32()).map(|(a, b)| a + b).collect()),
         };
         let bias = |b: Option<Vec<f32>>| b.map(|b| DevBuf::from_host(self.stream, "bias", &b)).transpose();
-        let source = |s: &Option<Vec<u32>>| s.as_ref().map(|s| DevBuf::from_host(self.stream, "input order", s)).transpose();
+        let source = |s: &Option<Vec<u32>>| {
+            s.as_ref().map(|s| DevBuf::from_host(self.stream, "input order", s)).transpose()
+        };
         Ok(Layer {
             norm,
             one_source: qkv_order.source == up_order.source,
@@ -240,7 +260,14 @@ impl<'a> Loader<'a> {
         Int4Matrix::new(self.stream, n, k, scales_per_row, has_zeros)
     }
 
-    fn repack(&mut self, w: &GptqTensor<'_>, order: &InputOrder, to: &mut Int4Matrix, row0: usize, input0: usize) -> Result<()> {
+    fn repack(
+        &mut self,
+        w: &GptqTensor<'_>,
+        order: &InputOrder,
+        to: &mut Int4Matrix,
+        row0: usize,
+        input0: usize,
+    ) -> Result<()> {
         let mut end = 0;
         let mut place = |bytes: usize| {
             let at = end;
@@ -286,7 +313,14 @@ fn joined_source(down: &InputOrder, down_k: usize, dense: &InputOrder, dense_k: 
 }
 
 /// Calls `fill` on matching parts of `to` (elements of `to_size` bytes) and `from` (of `from_size`), one part a thread.
-fn each_part(to: &mut [u8], from: &[u8], threads: usize, to_size: usize, from_size: usize, fill: impl Fn(&mut [u8], &[u8]) + Sync) {
+fn each_part(
+    to: &mut [u8],
+    from: &[u8],
+    threads: usize,
+    to_size: usize,
+    from_size: usize,
+    fill: impl Fn(&mut [u8], &[u8]) + Sync,
+) {
     /// Below this a thread costs more than it saves.
     const MIN_PART: usize = 1 << 20;
     let elems = (from.len() / from_size).div_ceil(threads).max(MIN_PART);

@@ -91,7 +91,9 @@ impl Model {
         match self {
             Model::Cpu(model) => Ok(Timeline::Cpu(CpuTimeline::new(Arc::clone(model), max_context)?)),
             #[cfg(feature = "cuda")]
-            Model::Cuda(model) => Ok(Timeline::Cuda(CudaTimeline::new(Arc::clone(model), max_context)?)),
+            Model::Cuda(model) => {
+                Ok(Timeline::Cuda(Box::new(CudaTimeline::new(Arc::clone(model), max_context)?)))
+            }
         }
     }
 }
@@ -100,7 +102,7 @@ impl Model {
 pub(super) enum Timeline {
     Cpu(CpuTimeline),
     #[cfg(feature = "cuda")]
-    Cuda(CudaTimeline),
+    Cuda(Box<CudaTimeline>),
 }
 
 impl Timeline {
@@ -149,11 +151,11 @@ impl Timeline {
         }
     }
 
-    pub(super) fn next(&mut self) -> Result<Sampled> {
+    pub(super) fn next_token(&mut self) -> Result<Sampled> {
         match self {
-            Timeline::Cpu(timeline) => timeline.next(),
+            Timeline::Cpu(timeline) => timeline.next_token(),
             #[cfg(feature = "cuda")]
-            Timeline::Cuda(timeline) => timeline.next(),
+            Timeline::Cuda(timeline) => timeline.next_token(),
         }
     }
 }

@@ -120,7 +120,7 @@ impl<'s> Generation<'s> {
 
     fn choose(&mut self) -> Result<Token> {
         let asked = Instant::now();
-        let sampled = self.session.timeline.next()?;
+        let sampled = self.session.timeline.next_token()?;
         self.session.tokens.push(sampled.id);
         self.stats.new_tokens += 1;
         if self.stats.new_tokens == 1 {

@@ -83,7 +83,10 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
         if self.len() >= wanted {
             return Ok(());
         }
-        Err(Error::Cuda { op: op.into(), what: format!("{} has {} elements, wanted {wanted}", self.name, self.len()) })
+        Err(Error::Cuda {
+            op: op.into(),
+            what: format!("{} has {} elements, wanted {wanted}", self.name, self.len()),
+        })
     }
 
     pub(super) fn ptr(&self, stream: &Stream) -> *const T {
@@ -109,7 +112,9 @@ impl Staging {
 
     /// Allocates the two halves.
     pub fn new(gpu: &Gpu, stream: &Stream) -> Result<Staging> {
-        let half = || -> Result<(PinnedHostSlice<u8>, Event)> { Ok((pinned(gpu, Self::HALF_BYTES)?, stream.record(false)?)) };
+        let half = || -> Result<(PinnedHostSlice<u8>, Event)> {
+            Ok((pinned(gpu, Self::HALF_BYTES)?, stream.record(false)?))
+        };
         Ok(Staging { halves: [half()?, half()?], turn: 0 })
     }
 
@@ -127,7 +132,10 @@ impl Staging {
         event.wait()?; // the copy that used this half two turns ago
         let host = half.as_mut_slice().map_err(|e| driver_error("staging", e))?;
         let Some(host) = host.get_mut(..bytes) else {
-            return Err(Error::Cuda { op: "staging".into(), what: format!("{bytes} bytes, wanted at most {}", Self::HALF_BYTES) });
+            return Err(Error::Cuda {
+                op: "staging".into(),
+                what: format!("{bytes} bytes, wanted at most {}", Self::HALF_BYTES),
+            });
         };
         fill(host);
         to.upload(stream, first, host)?;
@@ -142,7 +150,9 @@ fn pinned<T: DeviceRepr>(gpu: &Gpu, elems: usize) -> Result<PinnedHostSlice<T>> 
     let made = unsafe { gpu.context.alloc_pinned_with_flags(elems, 0) };
     made.map_err(|e| match driver_error("pinned host memory", e) {
         // It is the host's memory that ran out here.
-        Error::OutOfGpuMemory { .. } => Error::Io("not enough host memory that can be pinned for uploads".into()),
+        Error::OutOfGpuMemory { .. } => {
+            Error::Io("not enough host memory that can be pinned for uploads".into())
+        }
         other => other,
     })
 }
@@ -189,13 +199,19 @@ impl MappedTokens {
             unsafe { address.read_volatile() }
         };
         if word(3) != step {
-            return Err(Error::Cuda { op: "sample".into(), what: format!("token of step {step} is missing") });
+            return Err(Error::Cuda {
+                op: "sample".into(),
+                what: format!("token of step {step} is missing"),
+            });
         }
         match word(2) {
             0 => Ok(Sampled { id: word(0), logprob: f32::from_bits(word(1)) }),
             fault => Err(Error::Cuda {
                 op: "sample".into(),
-                what: format!("the logit of token {} is not a finite number: damaged weights or an overflow", fault - 1),
+                what: format!(
+                    "the logit of token {} is not a finite number: damaged weights or an overflow",
+                    fault - 1
+                ),
             }),
         }
     }

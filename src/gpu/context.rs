@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUresult, is_culib_present};
+use cudarc::driver::sys::{
+    CUdevice_attribute, CUevent_flags, CUresult, cuDriverGetVersion, is_culib_present,
+};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use crate::error::{Error, Result};
@@ -14,7 +16,8 @@ use crate::error::{Error, Result};
 const MIN_CAPABILITY: i32 = 80;
 /// The first GPU with programmatic dependent launch (Hopper).
 const OVERLAP_CAPABILITY: i32 = 90;
-/// The CUDA version whose runtime is linked in: the driver must be at least this new.
+/// The CUDA version whose runtime is linked in, as the driver counts it: it must be at least this new.
+const MIN_DRIVER_VERSION: i32 = 13000;
 const MIN_DRIVER: &str = "580 (CUDA 13.0)";
 
 /// Turns a driver's code into this crate's error; `op` is what was being done.
@@ -49,7 +52,18 @@ impl Gpu {
                 "no CUDA driver: libcuda.so was not found; install an NVIDIA driver {MIN_DRIVER} or newer, or use --device cpu"
             )));
         }
-        let no_gpu = |e: DriverError| match e.0 {
+        let mut version = 0;
+        // SAFETY: libcuda is there, checked above; the call writes one integer and works before initialisation.
+        let asked = unsafe { cuDriverGetVersion(&raw mut version) };
+        if asked == CUresult::CUDA_SUCCESS && version < MIN_DRIVER_VERSION {
+            return Err(Error::NoGpu(format!(
+                "the NVIDIA driver is too old: it knows CUDA {}.{}, wanted driver {MIN_DRIVER} or newer; update it, or use --device cpu",
+                version / 1000,
+                version % 1000 / 10
+            )));
+        }
+        let no_gpu = |e: DriverError| {
+            match e.0 {
             CUresult::CUDA_ERROR_NO_DEVICE => Error::NoGpu("no NVIDIA GPU was found; use --device cpu".into()),
             CUresult::CUDA_ERROR_STUB_LIBRARY => Error::NoGpu(
                 "the libcuda.so found is a toolkit's stub, not a driver; take the stubs folder off LD_LIBRARY_PATH".into(),
@@ -61,6 +75,7 @@ impl Gpu {
                 Error::OutOfGpuMemory { what: "the CUDA context".into(), needed_bytes: 0, free_bytes: None }
             }
             code => Error::NoGpu(format!("cannot use GPU {ordinal}: the CUDA driver said {code:?}")),
+        }
         };
         let count = CudaContext::device_count().map_err(no_gpu)?;
         if usize::try_from(count).unwrap_or(0) <= ordinal {
@@ -89,14 +104,16 @@ impl Gpu {
 
     /// Free and total bytes of GPU memory.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let (free, total) = self.context.mem_get_info().map_err(|e| driver_error("reading the GPU's memory", e))?;
+        let (free, total) =
+            self.context.mem_get_info().map_err(|e| driver_error("reading the GPU's memory", e))?;
         Ok((free as u64, total as u64))
     }
 
     /// Streaming multiprocessors: 132 on an H200.
     pub fn multiprocessors(&self) -> Result<usize> {
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let count = self.context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
+        let count =
+            self.context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
@@ -131,8 +148,10 @@ impl Stream {
 
     /// Marks the end of what is queued so far. `timed` events measure time.
     pub fn record(&self, timed: bool) -> Result<Event> {
-        let flags = if timed { CUevent_flags::CU_EVENT_DEFAULT } else { CUevent_flags::CU_EVENT_DISABLE_TIMING };
-        let event = self.inner.context().new_event(Some(flags)).map_err(|e| driver_error("making an event", e))?;
+        let flags =
+            if timed { CUevent_flags::CU_EVENT_DEFAULT } else { CUevent_flags::CU_EVENT_DISABLE_TIMING };
+        let event =
+            self.inner.context().new_event(Some(flags)).map_err(|e| driver_error("making an event", e))?;
         event.record(&self.inner).map_err(|e| driver_error("recording an event", e))?;
         Ok(Event(event))
     }

@@ -15,7 +15,10 @@ pub fn gpu() -> Option<(Gpu, Stream)> {
             Some((gpu, stream))
         }
         Err(Error::NoGpu(why)) => {
-            assert!(std::env::var_os("PEREGRINE_REQUIRE_GPU").is_none_or(|v| v == "0"), "PEREGRINE_REQUIRE_GPU is set: {why}");
+            assert!(
+                std::env::var_os("PEREGRINE_REQUIRE_GPU").is_none_or(|v| v == "0"),
+                "PEREGRINE_REQUIRE_GPU is set: {why}"
+            );
             let test = std::thread::current().name().unwrap_or("?").to_owned();
             eprintln!("SKIPPED {test}: {why}");
             None
@@ -91,8 +94,16 @@ pub fn assert_close(what: &str, got: &[f32], want: &[f32], tolerance: f64) {
     }
     let relative = (error / norm.max(f64::MIN_POSITIVE)).sqrt();
     let i = worst.0;
-    eprintln!("MEASURED {what}: relative L2 {relative:.2e} (tolerance {tolerance:.1e}), worst [{i}] {} for {}", got[i], want[i]);
-    assert!(relative <= tolerance, "{what}: relative L2 {relative:.3e} > {tolerance:.1e}; worst [{i}] got {} wanted {}", got[i], want[i]);
+    eprintln!(
+        "MEASURED {what}: relative L2 {relative:.2e} (tolerance {tolerance:.1e}), worst [{i}] {} for {}",
+        got[i], want[i]
+    );
+    assert!(
+        relative <= tolerance,
+        "{what}: relative L2 {relative:.3e} > {tolerance:.1e}; worst [{i}] got {} wanted {}",
+        got[i],
+        want[i]
+    );
 }
 
 /// What a quantised test matrix looks like.
@@ -130,9 +141,12 @@ impl Quantised {
     pub fn new(random: &mut Random, n: usize, k: usize, format: Format) -> Quantised {
         let group_size = format.group_size.min(k);
         let groups = k.div_ceil(group_size);
-        let mut bytes = |words: usize| -> Vec<u8> { (0..words).flat_map(|_| (random.bits() as u32).to_le_bytes()).collect() };
+        let mut bytes = |words: usize| -> Vec<u8> {
+            (0..words).flat_map(|_| (random.bits() as u32).to_le_bytes()).collect()
+        };
         let qweight = bytes(k / 8 * n);
-        let qzeros = if format.asymmetric { bytes(groups * (n / 8)) } else { vec![0x77; groups * (n / 8) * 4] };
+        let qzeros =
+            if format.asymmetric { bytes(groups * (n / 8)) } else { vec![0x77; groups * (n / 8) * 4] };
         let norm = (k as f32).sqrt().recip() / 4.0;
         let scales = (0..groups * n).flat_map(|_| {
             let coarse = (random.bits() % 32 + 32) as f32 / 64.0;
@@ -163,7 +177,11 @@ impl Quantised {
             qzeros: &self.qzeros,
             zero_offset: 1,
             constant_zero: (!self.asymmetric).then_some(8),
-            scales: FloatTensor { dtype: FloatType::F16, shape: [self.k.div_ceil(self.group_size), self.n], bytes: &self.scales },
+            scales: FloatTensor {
+                dtype: FloatType::F16,
+                shape: [self.k.div_ceil(self.group_size), self.n],
+                bytes: &self.scales,
+            },
             g_idx: self.g_idx.as_deref(),
             bias: None,
         }

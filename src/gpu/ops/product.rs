@@ -1,0 +1,252 @@
+//! Quantised products, and making their weights: `gptq_gemv`, `gptq_gemm`, `gptq_repack`.
+
+use super::super::buffer::DevBuf;
+use super::super::context::Stream;
+use super::super::ffi;
+use super::{call, check, launch_on, u32_of};
+use crate::error::{Error, Result};
+use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
+
+/// A quantised matrix [n, k] in units.
+pub struct Int4Matrix {
+    /// `[n / 16][k / 64][unit_bytes]`
+    pub units: DevBuf<u8>,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// 1, or 2 for groups of 32 inputs.
+    pub scales_per_row: usize,
+    /// Zero points are stored; otherwise all are 8.
+    pub has_zeros: bool,
+}
+
+impl Int4Matrix {
+    /// Bytes of one unit.
+    #[must_use]
+    pub fn unit_bytes(scales_per_row: usize, has_zeros: bool) -> usize {
+        UNIT_CODE_BYTES + UNIT_ROWS * 2 * scales_per_row * (1 + usize::from(has_zeros))
+    }
+
+    /// An unset matrix.
+    pub fn new(
+        stream: &Stream,
+        n: usize,
+        k: usize,
+        scales_per_row: usize,
+        has_zeros: bool,
+    ) -> Result<Int4Matrix> {
+        let bytes = n / UNIT_ROWS * (k / UNIT_INPUTS) * Self::unit_bytes(scales_per_row, has_zeros);
+        Ok(Int4Matrix { units: DevBuf::zeros(stream, "weights", bytes)?, n, k, scales_per_row, has_zeros })
+    }
+}
+
+/// Where a quantised product goes; see `GptqOutput` in `cuda/kernels.h`.
+pub enum MatmulOutput<'a> {
+    /// f32 sums of each K slice apart: `[slices, tokens, n]`.
+    Partials(&'a mut DevBuf<f32>),
+    /// Added to a residual, with the bias.
+    Residual {
+        /// `[tokens, n]` f32.
+        x: &'a mut DevBuf<f32>,
+        /// `[n]`.
+        bias: Option<&'a DevBuf<f32>>,
+    },
+    /// f16: the rows below `split_row` as they are, the others through GELU.
+    Split {
+        /// `[tokens, split_row]`.
+        out: &'a mut DevBuf<u16>,
+        /// `[tokens, gelu_stride]`, of which each row's first `n - split_row` are written.
+        gelu_out: &'a mut DevBuf<u16>,
+        /// Values between two tokens in `gelu_out`.
+        gelu_stride: usize,
+        /// A multiple of 16.
+        split_row: usize,
+        /// `[n]` of the whole matrix.
+        bias: Option<&'a DevBuf<f32>>,
+    },
+}
+
+/// Which kernel computes a quantised product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatmulKernel {
+    /// `gptq_gemv`: at most [`GEMV_TOKENS`] tokens, at the speed of memory.
+    Gemv,
+    /// `gptq_gemm`: any number.
+    Gemm,
+}
+
+/// Activations of a product: `[tokens, stride]` f16.
+#[derive(Clone, Copy)]
+pub struct Activations<'a> {
+    /// The values.
+    pub x: &'a DevBuf<u16>,
+    /// Values between two tokens.
+    pub stride: usize,
+    /// Tokens.
+    pub tokens: usize,
+}
+
+/// `gptq_gemv` / `gptq_gemm`: `y[m, row] = sum_k x[m, k] W[row, k]` for rows `rows` of `w` (multiples of 16).
+#[allow(unsafe_code)]
+pub fn gptq_matmul(
+    stream: &Stream,
+    kernel: MatmulKernel,
+    w: &Int4Matrix,
+    rows: std::ops::Range<usize>,
+    a: Activations<'_>,
+    slices: usize,
+    output: MatmulOutput<'_>,
+) -> Result<()> {
+    let op = match kernel {
+        MatmulKernel::Gemv => "gptq_gemv",
+        MatmulKernel::Gemm => "gptq_gemm",
+    };
+    let unit_bytes = Int4Matrix::unit_bytes(w.scales_per_row, w.has_zeros);
+    let tile_bytes = w.k / UNIT_INPUTS * unit_bytes;
+    w.units.require(op, w.n / UNIT_ROWS * tile_bytes)?;
+    let whole_tiles = rows.start.is_multiple_of(UNIT_ROWS) && rows.end.is_multiple_of(UNIT_ROWS);
+    if rows.start >= rows.end || rows.end > w.n || !whole_tiles {
+        return Err(Error::Cuda { op: op.into(), what: format!("rows {rows:?} of {}", w.n) });
+    }
+    if a.tokens == 0 || a.stride < w.k {
+        return Err(Error::Cuda {
+            op: op.into(),
+            what: format!("{} tokens of {} inputs, wanted {}", a.tokens, a.stride, w.k),
+        });
+    }
+    a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
+    let n = rows.len();
+
+    let mut y = ffi::GptqOutput::default();
+    match output {
+        MatmulOutput::Partials(partials) => {
+            partials.require(op, slices * a.tokens * n)?;
+            y.partials = partials.ptr_mut(stream);
+        }
+        MatmulOutput::Residual { x, bias } => {
+            x.require(op, a.tokens * n)?;
+            bias.map_or(Ok(()), |b| b.require(op, n))?;
+            y.residual = x.ptr_mut(stream);
+            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
+        }
+        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias } => {
+            out.require(op, a.tokens * split_row)?;
+            if rows.end > split_row {
+                gelu_out.require(op, (a.tokens - 1) * gelu_stride + rows.end - split_row)?;
+            }
+            bias.map_or(Ok(()), |b| b.require(op, w.n))?;
+            if rows.start != 0 && rows.start != split_row {
+                return Err(Error::Cuda {
+                    op: op.into(),
+                    what: format!("rows {rows:?} cross the split at {split_row}"),
+                });
+            }
+            y.out = out.ptr_mut(stream);
+            y.out_stride = u32_of(op, split_row)?;
+            y.gelu_out = gelu_out.ptr_mut(stream);
+            y.gelu_stride = u32_of(op, gelu_stride)?;
+            // Rows are counted from the range's first: a range that starts at the split has no row below it.
+            y.split_row = u32_of(op, split_row - rows.start)?;
+            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream).wrapping_add(rows.start));
+        }
+    }
+    let params = ffi::GptqMatmulParams {
+        w: ffi::GptqMatrix {
+            units: w.units.ptr(stream).wrapping_add(rows.start / UNIT_ROWS * tile_bytes),
+            n: u32_of(op, n)?,
+            k: u32_of(op, w.k)?,
+            scales_per_row: u32_of(op, w.scales_per_row)?,
+            has_zeros: u32::from(w.has_zeros),
+        },
+        x: a.x.ptr(stream),
+        x_stride: u32_of(op, a.stride)?,
+        tokens: u32_of(op, a.tokens)?,
+        slices: u32_of(op, slices)?,
+        y,
+    };
+    match kernel {
+        MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
+        MatmulKernel::Gemm => call!(gptq_gemm, stream, params),
+    }
+}
+
+/// K slices a product is cut into so that one fits `gptq_gemv`.
+#[must_use]
+pub fn slices(k: usize) -> usize {
+    (k / UNIT_INPUTS).div_ceil(ffi::PEREGRINE_SLICE_UNITS as usize)
+}
+
+/// An AutoGPTQ matrix on the GPU, as raw bytes at offsets (multiples of 4) of one buffer.
+pub struct RawGptq<'a> {
+    /// Holds all of the following.
+    pub bytes: &'a DevBuf<u8>,
+    /// `[k / 8, n]` u32.
+    pub qweight: usize,
+    /// `[groups, n / 8]` u32.
+    pub qzeros: usize,
+    /// `[groups, n]` f16.
+    pub scales: usize,
+    /// `[k / 32]` u32: group of each 32 inputs after reordering.
+    pub group: usize,
+    /// `[k]` u32: source of each input after reordering.
+    pub source_input: Option<usize>,
+    /// Outputs.
+    pub n: usize,
+    /// Inputs.
+    pub k: usize,
+    /// Number of groups; every value of `group` is below it.
+    pub groups: usize,
+    /// 1 (v1) or 0 (v2).
+    pub zero_offset: u8,
+}
+
+/// `gptq_repack`: writes `raw` into rows `row0 ..` and inputs `input0 ..` of `w`.
+#[allow(unsafe_code)]
+pub fn gptq_repack(
+    stream: &Stream,
+    raw: &RawGptq<'_>,
+    w: &mut Int4Matrix,
+    row0: usize,
+    input0: usize,
+) -> Result<()> {
+    let op = "gptq_repack";
+    let base = raw.bytes.ptr(stream);
+    let at = |offset: usize, bytes: usize| -> Result<*const u8> {
+        raw.bytes.require(op, offset + bytes)?;
+        if !offset.is_multiple_of(4) {
+            return Err(Error::Cuda {
+                op: op.into(),
+                what: format!("offset {offset} is not a multiple of 4"),
+            });
+        }
+        Ok(base.wrapping_add(offset))
+    };
+    if row0 + raw.n > w.n || input0 + raw.k > w.k {
+        return Err(Error::Cuda {
+            op: op.into(),
+            what: format!("[{}, {}] at ({row0}, {input0}) of [{}, {}]", raw.n, raw.k, w.n, w.k),
+        });
+    }
+    w.units.require(
+        op,
+        w.n / UNIT_ROWS * (w.k / UNIT_INPUTS) * Int4Matrix::unit_bytes(w.scales_per_row, w.has_zeros),
+    )?;
+    let params = ffi::GptqRepackParams {
+        qweight: at(raw.qweight, raw.k / 8 * raw.n * 4)?.cast(),
+        qzeros: at(raw.qzeros, raw.groups * (raw.n / 8) * 4)?.cast(),
+        scales: at(raw.scales, raw.groups * raw.n * 2)?.cast(),
+        group: at(raw.group, raw.k / 32 * 4)?.cast(),
+        source_input: raw.source_input.map_or(Ok(std::ptr::null()), |o| at(o, raw.k * 4))?.cast(),
+        n: u32_of(op, raw.n)?,
+        k: u32_of(op, raw.k)?,
+        row0: u32_of(op, row0)?,
+        input0: u32_of(op, input0)?,
+        matrix_k: u32_of(op, w.k)?,
+        scales_per_row: u32_of(op, w.scales_per_row)?,
+        has_zeros: u32::from(w.has_zeros),
+        zero_offset: u32::from(raw.zero_offset),
+        units: w.units.ptr_mut(stream),
+    };
+    call!(gptq_repack, stream, params)
+}
