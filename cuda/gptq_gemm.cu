@@ -18,14 +18,7 @@ constexpr int THREADS = WARPS * 32;
 constexpr int BLOCK_TILES = 8;  // row tiles: 128 rows
 constexpr int WARP_TILES = 2;
 constexpr int STAGES = 4;
-
-// c = a * b: the first product of a chain.
-__device__ __forceinline__ void mma_first(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
-        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
-}
+constexpr int COLUMN_PAIR = 2;  // n8 tiles whose chains run side by side
 
 __device__ __forceinline__ uint32_t as_u32(__half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
 __device__ __forceinline__ __half2 as_half2(uint32_t u) { return *reinterpret_cast<__half2*>(&u); }
@@ -41,24 +34,55 @@ __device__ __forceinline__ void unpack_exact(uint32_t w, __half2 low_bias, __hal
     a[3] = as_u32(__hfma2(as_half2((v & 0x00f000f0u) | 0x64006400u), sixteenth, high_bias));
 }
 
-// Asks for unit u of the block's row tiles and tokens.
+// What one thread copies of each stage: pointers for unit 0, fixed for the whole product, so that a step costs a few adds.
 template <int BYTES, int TOKENS>
-__device__ __forceinline__ void request_stage(const GptqMatmulParams& p, uint8_t* stage, uint32_t tile0, uint32_t token0, uint32_t u) {
-    const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
-    constexpr int UNIT_CHUNKS = BYTES / 16;
-    for (uint32_t c = threadIdx.x; c < BLOCK_TILES * UNIT_CHUNKS; c += THREADS) {
-        const uint32_t t = c / UNIT_CHUNKS, j = c % UNIT_CHUNKS;
-        const bool valid = tile0 + t < tiles;
-        const uint8_t* source = p.w.units + ((size_t)(valid ? tile0 + t : 0) * k_units + u) * BYTES + j * 16;
-        cp_async(smem_address(stage + c * 16), source, valid);
-    }
-    uint8_t* x = stage + BLOCK_TILES * BYTES;
+struct StageSource {
+    static constexpr int UNIT_CHUNKS = BYTES / 16;                                                // of a row tile
+    static constexpr int W_CHUNKS = (BLOCK_TILES * UNIT_CHUNKS + THREADS - 1) / THREADS;          // a thread, at most
+    static constexpr int X_CHUNKS = TOKENS * 8 / THREADS;
+    const uint8_t* w[W_CHUNKS];
+    const uint16_t* x[X_CHUNKS];
+    bool w_valid[W_CHUNKS], x_valid[X_CHUNKS];
+
+    __device__ StageSource(const GptqMatmulParams& p, uint32_t tile0, uint32_t token0) {
+        const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
 #pragma unroll
-    for (int i = 0; i < TOKENS * 8 / THREADS; i++) {
-        const uint32_t c = i * THREADS + threadIdx.x, t = c / 8, j = c % 8;
-        const bool valid = token0 + t < p.tokens;
-        const uint16_t* source = p.x + (size_t)(valid ? token0 + t : 0) * p.x_stride + (size_t)u * UNIT_INPUTS + j * 8;
-        cp_async(smem_address(x + t * 128 + (j ^ (t % 8)) * 16), source, valid);
+        for (int i = 0; i < W_CHUNKS; i++) {
+            const uint32_t c = i * THREADS + threadIdx.x, t = c / UNIT_CHUNKS, j = c % UNIT_CHUNKS;
+            w_valid[i] = tile0 + t < tiles;
+            w[i] = p.w.units + (size_t)(w_valid[i] ? tile0 + t : 0) * k_units * BYTES + j * 16;
+        }
+#pragma unroll
+        for (int i = 0; i < X_CHUNKS; i++) {
+            const uint32_t c = i * THREADS + threadIdx.x, t = token0 + c / 8;
+            x_valid[i] = t < p.tokens;
+            x[i] = p.x + (size_t)(x_valid[i] ? t : 0) * p.x_stride + c % 8 * 8;
+        }
+    }
+
+    // Asks for unit u.
+    __device__ void request(uint32_t stage, uint32_t u) const {
+#pragma unroll
+        for (int i = 0; i < W_CHUNKS; i++) {
+            const uint32_t c = i * THREADS + threadIdx.x;
+            if (c < BLOCK_TILES * UNIT_CHUNKS) cp_async(stage + c * 16, w[i] + (size_t)u * BYTES, w_valid[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < X_CHUNKS; i++) {
+            const uint32_t c = i * THREADS + threadIdx.x, t = c / 8;
+            const uint32_t to = stage + BLOCK_TILES * BYTES + t * 128 + ((c % 8) ^ (t % 8)) * 16;
+            cp_async(to, x[i] + (size_t)u * UNIT_INPUTS, x_valid[i]);
+        }
+    }
+};
+
+// The B registers of two n8 tiles, tokens `token0 ..` of a stage.
+__device__ __forceinline__ void load_columns(uint32_t b[COLUMN_PAIR][8], uint32_t x, uint32_t token0, uint32_t lane) {
+#pragma unroll
+    for (int q = 0; q < COLUMN_PAIR; q++) {
+        const uint32_t t = token0 + q * 8 + lane % 8;
+        ldmatrix(b[q], x + t * 128 + ((lane / 8) ^ (t % 8)) * 16);
+        ldmatrix(b[q] + 4, x + t * 128 + ((lane / 8 + 4) ^ (t % 8)) * 16);
     }
 }
 
@@ -75,18 +99,19 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemm_kernel(const __grid_cons
     const uint32_t k_units = p.w.k / UNIT_INPUTS, slice_units = (k_units + p.slices - 1) / p.slices;
     const uint32_t begin = slice * slice_units, end = min(begin + slice_units, k_units);
 
+    const StageSource<BYTES, TOKENS> source(p, tile0, token0);
     float acc[WARP_TILES][COLUMNS][4] = {};
     wait_previous();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (begin + i < end) request_stage<BYTES, TOKENS>(p, smem + i * STAGE_BYTES, tile0, token0, begin + i);
+        if (begin + i < end) source.request(smem_address(smem) + i * STAGE_BYTES, begin + i);
         cp_async_commit();
     }
     for (uint32_t u = begin; u < end; u++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();  // unit u has arrived for all, and all have left the stage that is refilled below
         if (u + STAGES - 1 < end)
-            request_stage<BYTES, TOKENS>(p, smem + (u - begin + STAGES - 1) % STAGES * STAGE_BYTES, tile0, token0, u + STAGES - 1);
+            source.request(smem_address(smem) + (u - begin + STAGES - 1) % STAGES * STAGE_BYTES, u + STAGES - 1);
         cp_async_commit();
 
         const uint8_t* stage = smem + (u - begin) % STAGES * STAGE_BYTES;
@@ -109,31 +134,30 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemm_kernel(const __grid_cons
             }
         }
         const uint32_t x = smem_address(stage + BLOCK_TILES * BYTES);
+        uint32_t b[2][COLUMN_PAIR][8];  // of this pair of columns and the next
+        load_columns(b[0], x, warp_token, lane);
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j++) {
-            const uint32_t t = warp_token + j * 8 + lane % 8;
-            uint32_t b[8];
-            ldmatrix(b, x + t * 128 + ((lane / 8) ^ (t % 8)) * 16);
-            ldmatrix(b + 4, x + t * 128 + ((lane / 8 + 4) ^ (t % 8)) * 16);
+        for (int j = 0; j < COLUMNS; j += COLUMN_PAIR) {
+            const int now = j / COLUMN_PAIR % 2;
+            if (j + COLUMN_PAIR < COLUMNS) load_columns(b[1 - now], x, warp_token + (j + COLUMN_PAIR) * 8, lane);
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
+                // Four chains at once (two row tiles, two columns): one chain is a sequence of latencies.
                 constexpr int CHAIN = STEPS / SCALES;
-                float c[WARP_TILES][4];
+                float c[WARP_TILES][COLUMN_PAIR][4] = {};
 #pragma unroll
-                for (int s = 0; s < CHAIN; s++)
+                for (int s = h * CHAIN; s < (h + 1) * CHAIN; s++)
 #pragma unroll
-                    for (int i = 0; i < WARP_TILES; i++) {
-                        const int step = h * CHAIN + s;
-                        if (s == 0) mma_first(c[i], a[i][step], b[2 * step], b[2 * step + 1]);
-                        else mma(c[i], a[i][step], b[2 * step], b[2 * step + 1]);
-                    }
+                    for (int i = 0; i < WARP_TILES; i++)
 #pragma unroll
-                for (int i = 0; i < WARP_TILES; i++) {
-                    acc[i][j][0] = fmaf(scale[i][h].x, c[i][0], acc[i][j][0]);
-                    acc[i][j][1] = fmaf(scale[i][h].x, c[i][1], acc[i][j][1]);
-                    acc[i][j][2] = fmaf(scale[i][h].y, c[i][2], acc[i][j][2]);
-                    acc[i][j][3] = fmaf(scale[i][h].y, c[i][3], acc[i][j][3]);
-                }
+                        for (int q = 0; q < COLUMN_PAIR; q++) mma(c[i][q], a[i][s], b[now][q][2 * s], b[now][q][2 * s + 1]);
+#pragma unroll
+                for (int i = 0; i < WARP_TILES; i++)
+#pragma unroll
+                    for (int q = 0; q < COLUMN_PAIR; q++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            acc[i][j + q][e] = fmaf(e < 2 ? scale[i][h].x : scale[i][h].y, c[i][q][e], acc[i][j + q][e]);
             }
         }
     }

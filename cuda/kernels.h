@@ -199,6 +199,15 @@ typedef struct UnpackCheckParams {
 } UnpackCheckParams;
 int32_t unpack_check(const UnpackCheckParams* p, const Launch* l);
 
+// stream_read: reads `bytes` bytes once. For measuring.
+typedef struct StreamReadParams {
+    const uint8_t* data;
+    uint32_t* mix;    // one value: exclusive or of all words, so that the reads are not optimised away
+    uint64_t bytes;   // a multiple of 16
+    uint32_t blocks;
+} StreamReadParams;
+int32_t stream_read(const StreamReadParams* p, const Launch* l);
+
 // The text of a launcher's positive code.
 const char* launch_error_name(int32_t code);
 

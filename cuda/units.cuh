@@ -56,7 +56,8 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]; lane l holds c rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2 (l%4), + 1.
 __device__ __forceinline__ void mma(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
+    // Not volatile: a pure function of its operands, which the compiler may interleave with others.
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

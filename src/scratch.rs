@@ -6,7 +6,7 @@
 //! | `normed` | [tokens, hidden] f16 | 19 MB | output of a norm |
 //! | `qkv` | [tokens, heads + 2, 64] f16 | 19 MB | queries, key, value |
 //! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
-//! | `partials` | [slices, <= 128 tokens, hidden] f32 | 12 MB | sums of K slices |
+//! | `partials` | [slices, <= 512 tokens, hidden] f32 | 47 MB | sums of K slices |
 //! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
 //! | `logits` | [8, vocab] f32 | 2 MB | |
 
@@ -17,7 +17,7 @@ use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
 /// blocks, and slices are what fills the GPU.
-pub(crate) const PARTIAL_TOKENS: usize = 128;
+pub(crate) const PARTIAL_TOKENS: usize = 512;
 
 pub(crate) struct Scratch {
     /// Tokens there is room for.

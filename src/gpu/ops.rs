@@ -657,3 +657,17 @@ pub fn unpack_check(stream: &Stream) -> Result<u32> {
     call!(unpack_check, stream, ffi::UnpackCheckParams { mismatches: mismatches.ptr_mut(stream) })?;
     Ok(mismatches.download(stream, 0, 1)?[0])
 }
+
+/// `stream_read`: reads all of `data` once with `blocks` blocks; gives the exclusive or of its words by way of `mix [1]`.
+#[allow(unsafe_code)]
+pub fn stream_read(stream: &Stream, data: &DevBuf<u8>, mix: &mut DevBuf<u32>, blocks: usize) -> Result<()> {
+    let op = "stream_read";
+    mix.require(op, 1)?;
+    let params = ffi::StreamReadParams {
+        data: data.ptr(stream),
+        mix: mix.ptr_mut(stream),
+        bytes: data.len() as u64,
+        blocks: u32_of(op, blocks)?,
+    };
+    call!(stream_read, stream, params)
+}
