@@ -28,6 +28,8 @@ __device__ float block_sum(float v, float (*shared)[THREADS / 32], int slot) {
 
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
 
+// PARTIALS: there are some to add. Without them the kernel needs half the registers.
+template <bool PARTIALS>
 __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constant__ LayernormParams p) {
     overlap_next();
     __shared__ float shared[2][THREADS / 32];
@@ -45,7 +47,7 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
         const uint32_t e = i * THREADS + threadIdx.x;
         if (e >= vectors) continue;
         v[i] = x[e];
-        if (p.partials) {
+        if (PARTIALS) {
             float4 part[MAX_SLICES];
 #pragma unroll
             for (int s = 0; s < MAX_SLICES; s++)
@@ -83,5 +85,5 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
 extern "C" int32_t layernorm(const LayernormParams* p, const Launch* l) {
     if (p->tokens == 0 || p->hidden == 0 || p->hidden % 4 || p->hidden > THREADS * VECTORS * 4) return PEREGRINE_BAD_SHAPE;
     if (p->partials && p->slices > MAX_SLICES) return PEREGRINE_BAD_SHAPE;
-    return launch(layernorm_kernel, dim3(p->tokens), THREADS, 0, l, *p);
+    return launch(p->partials ? layernorm_kernel<true> : layernorm_kernel<false>, dim3(p->tokens), THREADS, 0, l, *p);
 }

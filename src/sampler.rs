@@ -176,7 +176,7 @@ pub struct Sampled {
     pub logprob: f32,
 }
 
-/// Chooses a token from `logits` [vocab] after `history`, all tokens so far (prompt and output). The random number
+/// Chooses a token from `logits` `[vocab]` after `history`, all tokens so far (prompt and output). The random number
 /// of an id depends on the seed, the id and the position, `history.len()`.
 ///
 /// # Errors
@@ -211,7 +211,7 @@ pub fn sample(logits: &[f32], history: &[u32], s: &Sampling) -> Result<Sampled> 
     Ok(Sampled { id, logprob: log_softmax(logits, id) })
 }
 
-/// Repetition penalty, then no-repeat n-gram, on `logits` [vocab]: what greedy and sampling have in common. Ids of
+/// Repetition penalty, then no-repeat n-gram, on `logits` `[vocab]`: what greedy and sampling have in common. Ids of
 /// `history` beyond the vocabulary are ignored.
 pub fn process(logits: &mut [f32], history: &[u32], s: &Sampling) {
     if s.repetition_penalty != 1.0 {
@@ -245,7 +245,7 @@ fn ngram_endings(history: &[u32], size: usize) -> impl Iterator<Item = u32> {
 }
 
 /// The ids a token is drawn from and their probabilities, by falling probability (equal ones by rising id): what
-/// temperature, top-k, top-p and min-p leave of processed `logits` [vocab]. A greedy `s` leaves the best id alone.
+/// temperature, top-k, top-p and min-p leave of processed `logits` `[vocab]`. A greedy `s` leaves the best id alone.
 /// Empty if every logit is -infinity. Probabilities sum to 1.
 #[must_use]
 pub fn kept(logits: &[f32], s: &Sampling) -> Vec<(u32, f32)> {

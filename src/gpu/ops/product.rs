@@ -70,7 +70,7 @@ pub enum MatmulOutput<'a> {
 /// Which kernel computes a quantised product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatmulKernel {
-    /// `gptq_gemv`: at most [`GEMV_TOKENS`] tokens, at the speed of memory.
+    /// `gptq_gemv`: at most [`GEMV_TOKENS`](super::GEMV_TOKENS) tokens, at the speed of memory.
     Gemv,
     /// `gptq_gemm`: any number.
     Gemm,
