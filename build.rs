@@ -3,10 +3,13 @@
 //! - nvcc is `$NVCC`, or in `$CUDA_HOME/bin`, on the PATH, or where `make cuda` puts it (`.cuda/`).
 //! - Each `.cu` is an object of its own and is compiled again only when it, a header or the flags changed.
 //! - `PEREGRINE_CUDA_ARCH` (for example `90a` or `80,90a`) overrides the targets sm_80 and sm_90a.
-//! - What ptxas says of registers and spills lies in `$OUT_DIR/<op>.ptxas.txt`, its path in `PEREGRINE_PTXAS_DIR`.
+//! - What ptxas says of registers and spills lies in `$OUT_DIR/<op>.ptxas.txt`.
+//! - `cfg(peregrine_sm90)` is set when there is machine code for sm_90: only that has programmatic dependent launch, not the
+//!   PTX that other GPUs run.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-check-cfg=cfg(peregrine_sm90)");
     #[cfg(feature = "cuda")]
     if let Err(message) = cuda::build() {
         println!("cargo:warning={message}");
@@ -42,7 +45,6 @@ mod cuda {
         let objects = compile(&root, &out, &nvcc)?;
         cc::Build::new().objects(&objects).cargo_metadata(true).compile("peregrine_kernels");
         link_runtime(&nvcc)?;
-        println!("cargo:rustc-env=PEREGRINE_PTXAS_DIR={}", out.display());
         Ok(())
     }
 
@@ -77,6 +79,9 @@ mod cuda {
         }
         let mut flags: Vec<String> =
             archs.iter().map(|a| format!("-gencode=arch=compute_{a},code=sm_{a}")).collect();
+        if archs.iter().any(|a| a.trim_end_matches('a') == "90") {
+            println!("cargo:rustc-cfg=peregrine_sm90");
+        }
         if !archs[0].ends_with(['a', 'f']) {
             flags.push(format!("-gencode=arch=compute_{0},code=compute_{0}", archs[0]));
         }

@@ -5,6 +5,7 @@
 //          position); blocks beyond the context leave at once. Warps are merged in shared memory; if there is more than one chunk,
 //          the last block of a (token, head tile) to arrive merges them, in chunk order: same bits every run.
 // Cost     2048 keys: 0.5 MB of K and V a layer from L2; latency, not bandwidth.
+// Measured 4.4 us at position 128, 9.1 at 1024, 10.0 at 2047 (1 token), 14.2 at 2040 (8 tokens); H200.
 #include "launch.cuh"
 #include "attn.cuh"
 

@@ -6,7 +6,7 @@
 //   3. calls wait_previous() in EVERY block, also in one with nothing to do, before it touches anything another kernel wrote
 //      or reads. A block that left without waiting would let its grid complete before the grid in front of it has, and the
 //      grid after the next would then see unfinished data.
-// On sm_80 both are empty and the stream orders the kernels.
+// On sm_80 both are empty and the stream orders the kernels; the device layer then passes overlap = 0.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>

@@ -4,6 +4,7 @@
 //          residual and all its slices are asked for together.
 // Tried    weight and bias loaded before the predecessor has finished: 0.1 us less at 1 token, twice the time at 2048 (117 registers).
 // Numbers  partials are added in slice order and sums run in a fixed tree: same bits every run. Biased variance, as PyTorch's.
+// Measured 4.1 us at 1 token with 5 slices, 27 us at 512, 20 us at 2048 without; H200.
 // Cost     one token: 109 KB from L2 by one SM, a chain of latencies (load, two block sums, store), not bandwidth.
 #include "launch.cuh"
 #include "units.cuh"

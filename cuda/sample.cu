@@ -5,8 +5,10 @@
 // Choice   Gumbel-max: the largest of logit / temperature + g(id), g from Philox4x32-10 at counter (id, position), key = seed. It
 //          needs no sum and no order, so it is the same on any device, and later for a token verified by speculation.
 // Mapping  one block of 512 threads (1024 would leave 64 registers, which spill); each pass reads 260 KB from L2, 16 bytes a load. top_k and top_p find their threshold in a coarse
-//          histogram, then by radix select of one of its bins. Probability mass is summed in integers (2^-40 steps), so that the order
-//          of the atomics is without effect: same token every run.
+//          histogram, then by radix select of one of its bins. Once few are left they are kept in shared memory, where further
+//          passes cost nothing. Probability mass is summed in integers (2^-40 steps), so that the order of the atomics is without
+//          effect: same token every run.
+// Measured greedy 15-18 us, the model card's temperature 0.7, top_k 50, top_p 0.95 73 us, top_p 0.9 of all 129 us; H200.
 // Tried    radix select of all logits: the first pass's atomics fall on few bins, 0.8 ms for top_p of a bell of logits; match.any to
 //          join a warp's atomics: 50 us a pass.
 #include <math_constants.h>
@@ -79,6 +81,40 @@ __device__ __forceinline__ void for_each(const float* values, uint32_t vocab, F 
     }
 }
 
+// Candidates: all of scratch, or, once few are left, a list in shared memory.
+struct Source {
+    const float* values;
+    const uint32_t* ids;  // NULL: the index is the id
+    uint32_t count;
+};
+template <typename F>
+__device__ __forceinline__ void for_each(const Source& s, F f) {
+    if (!s.ids) return for_each(s.values, s.count, f);
+    for (uint32_t i = threadIdx.x; i < s.count; i += BLOCK_THREADS) f(s.ids[i], s.values[i]);
+}
+
+constexpr uint32_t LIST = 2048;
+struct List {
+    float values[LIST];
+    uint32_t ids[LIST];
+    uint32_t count;
+};
+
+// The candidates that `keep` wants, as a list; in the order of arrival, which nothing depends on. `source` itself if they are too many.
+template <typename Keep>
+__device__ void gather(const Source& source, List& list, Source& kept, Keep keep) {
+    __syncthreads();
+    if (threadIdx.x == 0) list.count = 0;
+    __syncthreads();
+    for_each(source, [&](uint32_t id, float v) {
+        if (!keep(v)) return;
+        const uint32_t at = atomicAdd(&list.count, 1u);
+        if (at < LIST) list.values[at] = v, list.ids[at] = id;
+    });
+    __syncthreads();
+    kept = list.count <= LIST ? Source{list.values, list.ids, list.count} : source;
+}
+
 // A coarse histogram of the distance below the largest logit; the last bin takes all that is further away.
 __device__ __forceinline__ uint32_t coarse_bin(float v, float top) { return (uint32_t)fminf((top - v) * (1.f / COARSE_STEP), BINS - 1.f); }
 
@@ -137,26 +173,39 @@ struct Range {
     uint32_t low, high;
 };
 
-// COUNT: the wanted-th largest key of scratch. Otherwise: of the keys >= floor_key, the smallest at which the mass, added from the
-// smallest key up, passes `wanted`. First the coarse bin it is in, then radix select, eight bits a pass, over that bin alone.
+// Shared memory of the choice.
+struct Workspace {
+    Bins bins;
+    List kept, bin;
+    Range ranges[BLOCK_WARPS];
+    unsigned long long sums[BLOCK_WARPS];
+    Best best[BLOCK_WARPS];
+};
+
+// COUNT: the wanted-th largest key. Otherwise: of the keys >= floor_key, the smallest at which the mass, added from the smallest key
+// up, passes `wanted`. First the coarse bin it is in, then radix select, eight bits a pass, over that bin alone.
 template <bool COUNT>
-__device__ uint32_t threshold(const SampleParams& p, float top, uint32_t floor_key, unsigned long long wanted, Bins& bins, Range* shared) {
+__device__ uint32_t threshold(const Source& source, float top, uint32_t floor_key, unsigned long long wanted, Workspace& w) {
+    Bins& bins = w.bins;
+    __syncthreads();
     bins.clear();
     __syncthreads();
-    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+    for_each(source, [&](uint32_t, float v) {
         if (ordered(v) >= floor_key) bins.add<COUNT>(coarse_bin(v, top), v, top);
     });
     __syncthreads();
     // Coarse bins count away from the largest logit: top_k starts there, top_p at the far end.
     const uint32_t coarse = find_bin<COUNT>(bins, !COUNT, wanted);
     const auto in = [&](float v) { return ordered(v) >= floor_key && coarse_bin(v, top) == coarse; };
+    Source bin;
+    gather(source, w.bin, bin, in);
 
     // Leading bits that all keys of the bin share need no pass.
     Range range = {0xffffffffu, 0};
-    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+    for_each(bin, [&](uint32_t, float v) {
         if (in(v)) range = {min(range.low, ordered(v)), max(range.high, ordered(v))};
     });
-    range = block_reduce(range, shared, [](Range a, Range b) { return Range{min(a.low, b.low), max(a.high, b.high)}; });
+    range = block_reduce(range, w.ranges, [](Range a, Range b) { return Range{min(a.low, b.low), max(a.high, b.high)}; });
     if (range.low >= range.high) return range.high;
     const int top_bit = 31 - __clz(range.low ^ range.high);
     uint32_t prefix = 0, mask = 0;
@@ -165,7 +214,7 @@ __device__ uint32_t threshold(const SampleParams& p, float top, uint32_t floor_k
         __syncthreads();
         bins.clear();
         __syncthreads();
-        for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+        for_each(bin, [&](uint32_t, float v) {
             const uint32_t key = ordered(v);
             if (in(v) && (key & mask) == prefix) bins.add<COUNT>(key >> shift & 255, v, top);
         });
@@ -173,19 +222,18 @@ __device__ uint32_t threshold(const SampleParams& p, float top, uint32_t floor_k
         prefix |= find_bin<COUNT>(bins, COUNT, wanted) << shift;
         mask |= 255u << shift;
     }
-    __syncthreads();
     return prefix;
 }
 
 // Smallest key that top_p keeps, of those >= floor_key.
-__device__ uint32_t top_p_key(const SampleParams& p, float top, uint32_t floor_key, Bins& bins, Range* shared, unsigned long long* sums) {
+__device__ uint32_t top_p_key(const Source& source, float top, uint32_t floor_key, float top_p, Workspace& w) {
     unsigned long long total = 0;
-    for_each(p.scratch, p.vocab, [&](uint32_t, float v) {
+    for_each(source, [&](uint32_t, float v) {
         if (ordered(v) >= floor_key) total += mass(v, top);
     });
-    total = block_reduce(total, sums, [](unsigned long long a, unsigned long long b) { return a + b; });
-    const unsigned long long removed = (unsigned long long)((1.0 - (double)p.top_p) * (double)total);
-    return min(threshold<false>(p, top, floor_key, removed, bins, shared), ordered(top));
+    total = block_reduce(total, w.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
+    const unsigned long long removed = (unsigned long long)((1.0 - (double)top_p) * (double)total);
+    return min(threshold<false>(source, top, floor_key, removed, w), ordered(top));
 }
 
 __device__ __forceinline__ float penalised(const SampleParams& p, uint32_t id, float v) {
@@ -205,9 +253,10 @@ __device__ void ban_repeats(const SampleParams& p, uint32_t length) {
     __syncthreads();
 }
 
-// What the unprocessed logits are like, and the largest processed one. Leaves the processed logits in scratch, if they are needed.
+// What the unprocessed logits are like, and the largest processed and scaled one. Leaves the processed logits, divided by the
+// temperature, in scratch, if they are needed.
 struct Survey {
-    Best best;       // of the processed logits
+    Best best;       // of the processed logits, divided by the temperature unless that is 0
     float top;       // the largest unprocessed one
     uint32_t fault;  // lowest id that is NaN or +infinity
 };
@@ -218,7 +267,7 @@ __device__ Survey survey(const SampleParams& p, uint32_t length) {
         if (!(v < CUDART_INF_F)) s.fault = min(s.fault, id);
         s.top = fmaxf(s.top, v);
         const float processed = penalised(p, id, v);
-        if (keep) p.scratch[id] = processed;
+        if (keep) p.scratch[id] = p.temperature == 0.f ? processed : processed / p.temperature;
         if (processed > s.best.score) s.best = {processed, id};  // ids rise, so of equal ones the first stays
     });
     if (p.no_repeat_ngram_size) {
@@ -228,7 +277,10 @@ __device__ Survey survey(const SampleParams& p, uint32_t length) {
         for_each(p.scratch, p.vocab, [&](uint32_t id, float v) {
             if (v > s.best.score) s.best = {v, id};
         });
+        // What was found is scaled already; `choose` wants it so in any case.
+        return s;
     }
+    if (p.temperature != 0.f) s.best.score /= p.temperature;
     return s;
 }
 
@@ -236,24 +288,23 @@ __device__ __forceinline__ Survey join(Survey a, Survey b) {
     return {better(a.best, b.best), fmaxf(a.top, b.top), min(a.fault, b.fault)};
 }
 
-// The random choice among the processed logits in scratch, which it divides by the temperature. `largest` is the largest.
-__device__ Best choose(const SampleParams& p, uint32_t length, float largest) {
-    __shared__ Bins bins;
-    __shared__ Range ranges[BLOCK_WARPS];
-    __shared__ unsigned long long sums[BLOCK_WARPS];
-    __shared__ Best shared[BLOCK_WARPS];
-    for (uint32_t i = threadIdx.x; i < p.vocab; i += BLOCK_THREADS) p.scratch[i] = p.scratch[i] / p.temperature;
-    __syncthreads();
-    const float top = largest / p.temperature;
+// The random choice among the processed and scaled logits in scratch, of which `top` is the largest.
+__device__ Best choose(const SampleParams& p, uint32_t length, float top) {
+    __shared__ Workspace w;
+    Source source = {p.scratch, nullptr, p.vocab};
     uint32_t floor_key = 0;
-    if (p.top_k && p.top_k < p.vocab) floor_key = threshold<true>(p, top, 0, p.top_k, bins, ranges);
-    if (p.top_p < 1.f) floor_key = top_p_key(p, top, floor_key, bins, ranges, sums);
+    if (p.top_k && p.top_k < p.vocab) {
+        floor_key = threshold<true>(source, top, 0, p.top_k, w);
+        const Source all = source;
+        gather(all, w.kept, source, [&](float v) { return ordered(v) >= floor_key; });
+    }
+    if (p.top_p < 1.f) floor_key = top_p_key(source, top, floor_key, p.top_p, w);
     Best best = {-CUDART_INF_F, 0xffffffffu};
-    for_each(p.scratch, p.vocab, [&](uint32_t id, float v) {
+    for_each(source, [&](uint32_t id, float v) {
         if (ordered(v) < floor_key || v == -CUDART_INF_F || expf(v - top) < p.min_p) return;
         best = better(best, {v + gumbel(philox(id, length, p.seed_low, p.seed_high)), id});
     });
-    return block_reduce(best, shared, better);
+    return block_reduce(best, w.best, better);
 }
 
 __global__ void __launch_bounds__(BLOCK_THREADS) sample_kernel(const __grid_constant__ SampleParams p) {

@@ -208,7 +208,8 @@ impl CudaTimeline {
             self.pass().head(chunk.len() - 1, 1)?;
             self.logits_held = true;
         }
-        Ok(())
+        // Here it costs nothing: the GPU is busy with the prompt.
+        self.capture_step()
     }
 
     /// Appends `ids` and hands the logits `[vocab]` of each to `sink`, in order. `token_by_token`: one pass a token, as decoding
@@ -287,26 +288,31 @@ impl CudaTimeline {
         Ok(sampled)
     }
 
-    /// Queues the pass of the decode state's token, as a graph unless that is switched off.
-    fn queue_step(&mut self) -> Result<()> {
-        if crate::trace::switches().no_graph || crate::trace::switches().sync {
-            let mut pass = self.pass();
-            pass.run(Tokens::State)?;
-            return pass.head(0, 1);
+    /// Captures the decode step, unless that is done or switched off.
+    fn capture_step(&mut self) -> Result<()> {
+        let switches = crate::trace::switches();
+        if self.step.is_some() || switches.no_graph || switches.sync {
+            return Ok(());
         }
-        let mut graph = match self.step.take() {
-            Some(graph) => graph,
+        let mut pass = self.pass();
+        let graph = StepGraph::capture(pass.stream, move || {
+            pass.run(Tokens::State)?;
+            pass.head(0, 1)
+        })?;
+        self.step = Some(graph);
+        Ok(())
+    }
+
+    /// Queues the pass of the decode state's token.
+    fn queue_step(&mut self) -> Result<()> {
+        self.capture_step()?;
+        match &mut self.step {
+            Some(graph) => graph.launch(),
             None => {
                 let mut pass = self.pass();
-                let stream = pass.stream;
-                StepGraph::capture(stream, move || {
-                    pass.run(Tokens::State)?;
-                    pass.head(0, 1)
-                })?
+                pass.run(Tokens::State)?;
+                pass.head(0, 1)
             }
-        };
-        let launched = graph.launch();
-        self.step = Some(graph);
-        launched
+        }
     }
 }

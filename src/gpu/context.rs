@@ -14,7 +14,8 @@ use crate::error::{Error, Result};
 
 /// The oldest GPU there are kernels for (Ampere), as major * 10 + minor.
 const MIN_CAPABILITY: i32 = 80;
-/// The first GPU with programmatic dependent launch (Hopper).
+/// The GPU whose kernels say when a successor may start (Hopper). Others run the PTX of sm_80, which does not: there the
+/// stream must order the kernels.
 const OVERLAP_CAPABILITY: i32 = 90;
 /// The CUDA version whose runtime is linked in, as the driver counts it: it must be at least this new.
 const MIN_DRIVER_VERSION: i32 = 13000;
@@ -121,7 +122,11 @@ impl Gpu {
     pub fn stream(&self) -> Result<Stream> {
         let inner = self.context.new_stream().map_err(|e| driver_error("making a stream", e))?;
         let debug = crate::trace::switches();
-        Ok(Stream { inner, overlap: self.capability >= OVERLAP_CAPABILITY && !debug.sync, sync: debug.sync })
+        Ok(Stream {
+            inner,
+            overlap: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY && !debug.sync,
+            sync: debug.sync,
+        })
     }
 }
 
