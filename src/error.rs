@@ -88,7 +88,10 @@ impl fmt::Display for Error {
             Error::Usage(what) | Error::NoGpu(what) | Error::Io(what) => f.write_str(what),
             Error::Model { file, what } => write!(f, "{}: {what}", one_line(&file.display().to_string())),
             Error::OutOfGpuMemory { what, needed_bytes, free_bytes } => {
-                write!(f, "out of GPU memory: {what} needs {} MiB", needed_bytes.div_ceil(1 << 20))?;
+                write!(f, "out of GPU memory: {what}")?;
+                if *needed_bytes > 0 {
+                    write!(f, ": {} MiB wanted", needed_bytes.div_ceil(1 << 20))?;
+                }
                 match free_bytes {
                     Some(free) => {
                         write!(f, ", {} MiB are free; close other programs on this GPU", free >> 20)
