@@ -40,8 +40,8 @@ mod cuda {
         println!("cargo:rerun-if-changed=cuda");
         let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").map_err(|e| e.to_string())?);
         let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?);
-        bind(&root, &out)?;
         let nvcc = find_nvcc(&root)?;
+        bind(&root, &out)?;
         let objects = compile(&root, &out, &nvcc)?;
         cc::Build::new().objects(&objects).cargo_metadata(true).compile("peregrine_kernels");
         link_runtime(&nvcc)?;
@@ -196,13 +196,16 @@ mod cuda {
     fn bind(root: &Path, out: &Path) -> Result<()> {
         let wheel = root.join(".cuda/clang/native");
         if env::var_os("LIBCLANG_PATH").is_none() && wheel.join("libclang.so").is_file() {
-            // SAFETY: this program is still single-threaded: `build` calls `bind` before it starts any thread.
+            // SAFETY: this program is still single-threaded: `build` calls `bind` before `compile` starts any thread.
             unsafe { env::set_var("LIBCLANG_PATH", wheel) };
         }
         // libclang from a wheel has no headers of its own; the host compiler's will do for <stdint.h>.
         let include = Command::new("gcc").arg("-print-file-name=include").output();
         let include =
             include.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_string()).unwrap_or_default();
+        // bindgen panics when there is no libclang; the sentence below says it better than the panic's message.
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
         let made = std::panic::catch_unwind(|| {
             bindgen::Builder::default()
                 .header(root.join("cuda/kernels.h").to_string_lossy())
@@ -213,6 +216,7 @@ mod cuda {
                 .layout_tests(true)
                 .generate()
         });
+        std::panic::set_hook(hook);
         match made {
             Ok(Ok(bindings)) => bindings.write_to_file(out.join("kernels.rs")).map_err(|e| e.to_string()),
             Ok(Err(e)) => Err(format!("cuda/kernels.h: {e}")),

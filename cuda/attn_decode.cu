@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS) attn_decode_kernel(const __grid_const
     __shared__ uint32_t arrived;
     const uint32_t chunk = blockIdx.x, tile = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32;
     wait_previous();
-    const uint32_t length = *p.position + token + 1;
+    const uint32_t length = min(*p.position + token + 1, p.max_context);
     if (chunk * PEREGRINE_ATTN_CHUNK >= length) return;
     const uint32_t chunks = (length + PEREGRINE_ATTN_CHUNK - 1) / PEREGRINE_ATTN_CHUNK;
 

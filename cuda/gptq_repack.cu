@@ -12,7 +12,7 @@ namespace {
 constexpr int WARPS = 8;
 
 __device__ __forceinline__ uint32_t code_of(const GptqRepackParams& p, uint32_t row, uint32_t input) {
-    const uint32_t k = p.source_input ? p.source_input[input] : input;
+    const uint32_t k = p.source_input ? min(p.source_input[input], p.k - 1) : input;
     return p.qweight[(size_t)(k / 8) * p.n + row] >> (4 * (k % 8)) & 15;
 }
 
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(WARPS * 32) gptq_repack_kernel(const __grid_co
     // Lane 8 h + g' writes the scale (and zero point) pair of rows g', g' + 8 and half h of the inputs.
     const uint32_t half = lane / 8, r = lane % 8;
     if (half >= p.scales_per_row) return;
-    const uint32_t group = p.group[u * 2 + half];  // with one scale a row both halves have the same group
+    const uint32_t group = min(p.group[u * 2 + half], p.groups - 1);  // with one scale a row both halves have the same group
     uint16_t* scale = reinterpret_cast<uint16_t*>(unit + UNIT_CODE_BYTES + half * UNIT_SCALE_BYTES) + r * 2;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(WARPS * 32) gptq_repack_kernel(const __grid_co
 extern "C" int32_t gptq_repack(const GptqRepackParams* p, const Launch* l) {
     if (p->n == 0 || p->n % UNIT_ROWS || p->k == 0 || p->k % UNIT_INPUTS || p->matrix_k % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
     if (p->row0 % UNIT_ROWS || p->input0 % UNIT_INPUTS || p->input0 + p->k > p->matrix_k) return PEREGRINE_BAD_SHAPE;
-    if (p->scales_per_row != 1 && p->scales_per_row != 2) return PEREGRINE_BAD_SHAPE;
+    if (p->groups == 0 || (p->scales_per_row != 1 && p->scales_per_row != 2)) return PEREGRINE_BAD_SHAPE;
     if (p->has_zeros && !p->qzeros) return PEREGRINE_BAD_SHAPE;
     const dim3 grid((p->k / UNIT_INPUTS + WARPS - 1) / WARPS, p->n / UNIT_ROWS);
     return launch(gptq_repack_kernel, grid, WARPS * 32, 0, l, *p);

@@ -3,6 +3,8 @@
 //
 // Conventions. f16 is uint16_t bits here. `[m, n] f16` means m rows of n, row-major. Every pointer is device memory unless
 // it says host. `tokens` (M) is the number of tokens in a call, all of one timeline, at positions *position, *position + 1 ...
+// Values that only the device knows (ids, positions, act-order sources, groups) are clamped to the buffer they index: the host checks
+// them where they come from, and a wrong one gives a wrong result, never a stray access.
 // A launcher copies *p, enqueues, and returns: 0, a cudaError_t (> 0), or a PEREGRINE_* code (< 0) if the shape is not one the
 // kernel is written for. It never prints, waits or allocates. The op's name is the same word in cuda/<op>.cu, in
 // src/gpu/ops.rs, in src/reference.rs and in the tests.
@@ -74,7 +76,7 @@ typedef struct GptqRepackParams {
     const uint32_t* source_input;  // [k]: which input of the file stands at input i, or NULL for i itself (act-order)
     const uint32_t* group;         // [k / 32]: group of inputs 32 i .. 32 i + 31, after reordering
     uint8_t* units;
-    uint32_t n, k, row0, input0;
+    uint32_t n, k, row0, input0, groups;
     uint32_t matrix_k;             // k of the whole matrix
     uint32_t scales_per_row, has_zeros, zero_offset;
 } GptqRepackParams;
@@ -126,7 +128,7 @@ typedef struct RopeParams {
     uint16_t* v_cache;        // [max_context, 64] f16
     const float* table;       // [max_context, 32, 2]: cos and sin of position * theta^(-2i/64)
     const uint32_t* position; // one value: position of the first token
-    uint32_t tokens, heads;
+    uint32_t tokens, heads, max_context;
 } RopeParams;
 int32_t rope(const RopeParams* p, const Launch* l);
 

@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(THREADS) permute_kernel(const __grid_constant_
     overlap_next();
     wait_previous();
     const uint32_t i = blockIdx.x * THREADS + threadIdx.x;
-    if (i < p.n) p.out[(size_t)blockIdx.y * p.n + i] = p.x[(size_t)blockIdx.y * p.n + p.source[i]];
+    if (i < p.n) p.out[(size_t)blockIdx.y * p.n + i] = p.x[(size_t)blockIdx.y * p.n + min(p.source[i], p.n - 1)];
 }
 
 }  // namespace

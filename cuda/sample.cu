@@ -248,7 +248,8 @@ __device__ void ban_repeats(const SampleParams& p, uint32_t length) {
     for (uint32_t i = threadIdx.x; i + n <= length; i += BLOCK_THREADS) {
         bool same = true;
         for (uint32_t j = 0; j + 1 < n && same; j++) same = p.history[i + j] == p.history[length - n + 1 + j];
-        if (same) p.scratch[p.history[i + n - 1]] = -CUDART_INF_F;
+        const uint32_t id = p.history[i + n - 1];
+        if (same && id < p.vocab) p.scratch[id] = -CUDART_INF_F;
     }
     __syncthreads();
 }
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS) sample_kernel(const __grid_cons
     __shared__ Survey survey_shared[BLOCK_WARPS];
     __shared__ float float_shared[BLOCK_WARPS];
     wait_previous();
-    const uint32_t length = p.state->length;
+    const uint32_t length = min(p.state->length, p.history_capacity);
 
     const Survey s = block_reduce(survey(p, length), survey_shared, join);
     float sum = 0.f;

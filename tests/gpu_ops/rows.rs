@@ -75,3 +75,14 @@ fn permute_gathers() {
         assert!(out.download(&stream, 0, m * n).unwrap() == want);
     }
 }
+
+/// An index beyond the row must not leave it.
+#[test]
+fn permute_clamps_its_source() {
+    let Some((_, stream)) = gpu() else { return };
+    let x = DevBuf::from_host(&stream, "x", &Random::new(1).halves(64, 1.0)).unwrap();
+    let source = DevBuf::from_host(&stream, "source", &[u32::MAX; 64]).unwrap();
+    let mut out = nan16(&stream, 64);
+    ops::permute(&stream, &x, &source, 1, &mut out).unwrap();
+    assert_eq!(out.download(&stream, 0, 64).unwrap(), vec![x.download(&stream, 63, 1).unwrap()[0]; 64]);
+}

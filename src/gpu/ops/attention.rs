@@ -63,6 +63,7 @@ pub fn rope(
         position: span.position(op, stream)?,
         tokens: u32_of(op, span.tokens)?,
         heads: u32_of(op, heads)?,
+        max_context: u32_of(op, span.max_context)?,
     };
     call!(rope, stream, params)
 }

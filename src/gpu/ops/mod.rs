@@ -75,12 +75,13 @@ fn launch_on(stream: &Stream) -> Result<ffi::Launch> {
     Ok(ffi::Launch { stream: stream.inner.cu_stream().cast(), overlap: u32::from(stream.overlap) })
 }
 
-/// Calls launcher `ffi::$op` with `$params`. The `$why` is the check that makes it safe.
+/// Calls launcher `ffi::$op` with `$params`, on `$stream`.
 macro_rules! call {
     ($op:ident, $stream:expr, $params:expr) => {{
         let params = $params;
         let launch = launch_on($stream)?;
-        // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; the launcher copies
+        // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; indices that only
+        // the device knows are clamped by the kernel (cuda/kernels.h); the launcher copies
         // `params` and `launch` before it returns; buffers are freed in stream order, so they outlive the queued kernel.
         let code = unsafe { ffi::$op(&params, &launch) };
         check(stringify!($op), code, $stream)

@@ -195,7 +195,7 @@ pub struct RawGptq<'a> {
     pub n: usize,
     /// Inputs.
     pub k: usize,
-    /// Number of groups; every value of `group` is below it.
+    /// Number of groups.
     pub groups: usize,
     /// 1 (v1) or 0 (v2).
     pub zero_offset: u8,
@@ -240,6 +240,7 @@ pub fn gptq_repack(
         source_input: raw.source_input.map_or(Ok(std::ptr::null()), |o| at(o, raw.k * 4))?.cast(),
         n: u32_of(op, raw.n)?,
         k: u32_of(op, raw.k)?,
+        groups: u32_of(op, raw.groups)?,
         row0: u32_of(op, row0)?,
         input0: u32_of(op, input0)?,
         matrix_k: u32_of(op, w.k)?,

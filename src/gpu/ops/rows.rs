@@ -63,7 +63,7 @@ pub fn layernorm(
     call!(layernorm, stream, params)
 }
 
-/// `permute`: `out[m, i] = x[m, source[i]]`; every `source[i]` is below its length.
+/// `permute`: `out[m, i] = x[m, source[i]]`; a `source[i]` beyond the row reads its last value.
 #[allow(unsafe_code)]
 pub fn permute(
     stream: &Stream,
