@@ -52,7 +52,9 @@ impl Model {
 
     #[cfg(feature = "cuda")]
     fn load_cuda(checkpoint: &Checkpoint, ordinal: usize, options: &LoadOptions) -> Result<Model> {
-        Ok(Model::Cuda(Arc::new(CudaModel::load(checkpoint, ordinal, options.progress)?)))
+        let model = Arc::new(CudaModel::load(checkpoint, ordinal, options.progress)?);
+        CudaTimeline::warm_up(&model)?;
+        Ok(Model::Cuda(model))
     }
 
     #[cfg(not(feature = "cuda"))]

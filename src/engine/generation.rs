@@ -44,7 +44,8 @@ pub struct GenerationStats {
     pub new_tokens: usize,
     /// Processing of the prompt up to the choice of the first token.
     pub prefill_seconds: f64,
-    /// Time spent on the tokens after the first; what the caller did between them does not count.
+    /// From the first token to the last one so far. What the caller does between tokens is in it: the GPU works on
+    /// meanwhile, so leaving it out would flatter the rate.
     pub decode_seconds: f64,
     /// From the call to the first token: `prefill_seconds` and the tokenizer's time.
     pub first_token_seconds: f64,
@@ -119,7 +120,6 @@ impl<'s> Generation<'s> {
     }
 
     fn choose(&mut self) -> Result<Token> {
-        let asked = Instant::now();
         let sampled = self.session.timeline.next_token()?;
         self.session.tokens.push(sampled.id);
         self.stats.new_tokens += 1;
@@ -127,7 +127,7 @@ impl<'s> Generation<'s> {
             self.stats.prefill_seconds = self.prefill_started.elapsed().as_secs_f64();
             self.stats.first_token_seconds = self.started.elapsed().as_secs_f64();
         } else {
-            self.stats.decode_seconds += asked.elapsed().as_secs_f64();
+            self.stats.decode_seconds = self.started.elapsed().as_secs_f64() - self.stats.first_token_seconds;
         }
         let text = self.text_of(sampled.id);
         Ok(Token { id: sampled.id, text, logprob: sampled.logprob })
