@@ -2,15 +2,15 @@
 // Shapes   as gptq_gemv; tokens 1..2048.
 // Reads    W once per 128 (64, 32) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
-//          one unit (64 inputs) a step; four steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
+//          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
 //          row tiles once a unit and uses them for all its tokens.
 // Numbers  codes are turned into the exact f16 integers code - zero; 64 (32) inputs are summed by the tensor core, then
 //          acc += scale * chain in f32: no f16 rounding of a weight, and no long tensor-core chain (its f32 adds truncate).
 // Shared   activations [TOKENS][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts.
 // Measured 218 TFLOP/s ([qkv ; up]) and 233 (5 slices) at 512 tokens, 237 and 226 at 2048; at 16 tokens 58 and 56 us; H200. One block of 8
-//          warps an SM issues in 40 % of the cycles: latencies of unpacking and barriers are not hidden.
+//          warps an SM issues in 40 % of the cycles: latencies, probably of unpacking and barriers, are not hidden.
 // Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
-// Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync reaches about 60 % of wgmma on Hopper.
+// Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
 #include "launch.cuh"
 #include "units.cuh"
 

@@ -2,7 +2,7 @@
 // Shapes   [qkv ; up] 22848 x 4544, [down | dense] 4544 x 22720 (5 slices); any n % 16 == 0, k % 64 == 0.
 // Reads    W once (unit layout, cuda/units.cuh), x [tokens, k] f16.   Writes see GptqOutput.
 // Mapping  a strip is 16 rows x one K slice of at most 72 units (71 for Falcon-7B: 38.6 KB, one contiguous piece). One block of 16 warps
-//          an SM keeps to one slice and takes every so-manieth strip. A warp owns the same 4 or 5 units of every strip: it streams them
+//          an SM keeps to one slice and takes every n-th strip. A warp owns the same 4 or 5 units of every strip: it streams them
 //          through a ring of its own (three stages of cp.async, no barrier with other warps), and keeps the B fragments of their
 //          inputs and the inputs' sums in registers for the whole product. 77 KB are in flight an SM, all the time; the first stages
 //          are asked for before the predecessor in the stream has finished (weights are nobody's output).
@@ -16,8 +16,8 @@
 //          back to back (`cargo bench --bench kernels Gemv`).
 // Tried    a block a strip, 3 blocks an SM, weights through registers: 21.6 us at 1 token, 64 us at 8 (each of 1428 blocks stages all
 //          activations, and lives for one memory latency). Two blocks an SM looping over strips, the next strip loaded to registers
-//          before this one is computed: 23.8 us at 1 token, 32 us at 8 (both strips' loads share the few scoreboards of a warp, so
-//          waiting for this strip waits for the next one too). One ring for the block, a barrier a strip: 19.9 us at 1, 22.8 us at 8.
+//          before this one is computed: 23.8 us at 1 token, 32 us at 8 (probably since both strips' loads share the few scoreboards
+//          of a warp, so that waiting for this strip waits for the next one too). One ring for the block, a barrier a strip: 19.9 us at 1, 22.8 us at 8.
 #include "launch.cuh"
 #include "units.cuh"
 

@@ -1,4 +1,4 @@
-// permute — out[m, i] = x[m, source[i]].   Reference: src/reference.rs::permute
+// permute — out[m, i] = x[m, source[i]].   Reference: the gather in tests/gpu_ops/rows.rs
 // Act-order checkpoints only: the inputs of a matrix are stored sorted by group, so its activations are gathered likewise.
 #include "launch.cuh"
 

@@ -1,7 +1,7 @@
 // unpack_check — does mma.sync keep f16 subnormals on this GPU?
 // units.cuh feeds codes to the tensor core as f16 subnormals (code x 2^-24, code x 2^-20). PTX promises nothing about subnormal
-// operands, so this is checked once a process: 16 codes x both nibble positions x every finite f16 activation, 2.0 M products, against
-// the same product in f32 (exact: at most 15 significant bits). On an H200 it finds no mismatch; 20 us.
+// operands, so this is checked when a model is loaded: 16 codes x both nibble positions x every finite f16 activation, 2.0 M products, against
+// the same product in f32 (exact: at most 15 significant bits). On an H200 it finds no mismatch.
 // Mapping  one warp a block of 8 activations (the columns); rows g hold code g, then code g + 8.
 #include "launch.cuh"
 #include "units.cuh"

@@ -164,12 +164,6 @@ impl CudaTimeline {
         self.position
     }
 
-    /// Bytes of device memory of this timeline.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.cache.bytes() + self.scratch.bytes()
-    }
-
     /// Forgets everything from `position` on. Steps still queued write behind it and are overwritten in stream order.
     pub fn rewind(&mut self, position: usize) -> Result<()> {
         if position > self.position {

@@ -148,6 +148,13 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
     plan
 }
 
+/// Bytes the weights will take on a GPU: what [`inspect`] plans, without caches and working buffers.
+#[cfg(feature = "cuda")]
+pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
+    let plan = memory_plan(checkpoint);
+    plan.matrices + plan.tables + plan.vectors
+}
+
 /// Bytes of a matrix in the unit layout.
 fn matrix_bytes(matrix: &GptqTensor<'_>) -> u64 {
     let units = matrix.n.div_ceil(UNIT_ROWS) * matrix.k.div_ceil(UNIT_INPUTS);

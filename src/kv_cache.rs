@@ -22,9 +22,4 @@ impl KvCache {
         };
         Ok(KvCache { layers: (0..layers).map(layer).collect::<Result<_>>()?, max_context })
     }
-
-    /// Bytes of device memory.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.layers.iter().map(|l| l.k.bytes() + l.v.bytes()).sum()
-    }
 }

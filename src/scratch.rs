@@ -64,19 +64,4 @@ impl Scratch {
             logits: DevBuf::zeros(stream, "logits", GEMV_TOKENS * config.vocab_size)?,
         })
     }
-
-    /// Bytes of device memory.
-    pub(crate) fn bytes(&self) -> u64 {
-        let optional = |b: &Option<DevBuf<u16>>| b.as_ref().map_or(0, DevBuf::bytes);
-        self.ids.bytes()
-            + self.x.bytes()
-            + self.normed.bytes()
-            + self.qkv.bytes()
-            + self.wide.bytes()
-            + self.partials.bytes()
-            + optional(&self.permuted_normed)
-            + optional(&self.permuted_wide)
-            + self.attn.bytes()
-            + self.logits.bytes()
-    }
 }

@@ -12,7 +12,8 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
 use crate::gpu::{DevBuf, Gpu, Staging, Stream};
-use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS, f32_to_f16};
+use crate::inspect;
+use crate::layout::{HEAD_DIM, UNIT_ROWS, f32_to_f16};
 use crate::reference;
 use crate::repack::InputOrder;
 
@@ -95,24 +96,12 @@ impl Weights {
 
 /// Says at once, and not after half of the upload, that the weights do not fit.
 fn refuse_if_too_large(gpu: &Gpu, checkpoint: &Checkpoint) -> Result<()> {
-    let tables = checkpoint.embedding().len() + checkpoint.lm_head().map_or(0, |t| t.len());
-    let mut needed_bytes = 2 * tables;
-    for i in 0..checkpoint.config().num_layers {
-        let layer = checkpoint.layer(i);
-        for w in [&layer.query_key_value, &layer.dense, &layer.dense_h_to_4h, &layer.dense_4h_to_h] {
-            let unit = Int4Matrix::unit_bytes(InputOrder::of(w)?.scales_per_row, w.constant_zero != Some(8));
-            needed_bytes += w.n / UNIT_ROWS * (w.k / UNIT_INPUTS) * unit;
-        }
-    }
+    let needed_bytes = inspect::resident_weight_bytes(checkpoint);
     let (free, _) = gpu.memory()?;
-    if needed_bytes as u64 <= free {
+    if needed_bytes <= free {
         return Ok(());
     }
-    Err(Error::OutOfGpuMemory {
-        what: "the model's weights".into(),
-        needed_bytes: needed_bytes as u64,
-        free_bytes: Some(free),
-    })
+    Err(Error::OutOfGpuMemory { what: "the model's weights".into(), needed_bytes, free_bytes: Some(free) })
 }
 
 /// cos and sin of position * theta^(-2i/64), the angle in f32 as PyTorch computes it.

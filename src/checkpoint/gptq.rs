@@ -10,7 +10,7 @@
 //! bias    F16 [N]           all zero in Falcon files of AutoGPTQ 0.2 to 0.7, absent in others
 //! ```
 //!
-//! `W[n, k] = f16(scales[g, n] * (code[k, n] - zero[g, n]))`. Zero points are 4 bits: `(stored + offset) & 15`. The
+//! `W[n, k] = scales[g, n] * (code[k, n] - zero[g, n])`, exactly: the product is not rounded to f16. Zero points are 4 bits: `(stored + offset) & 15`. The
 //! mask matters for asymmetric version 1: a zero point of 0 is stored as -1 = 15.
 
 use super::container::{Container, Place};
@@ -20,7 +20,7 @@ use crate::error::Result;
 /// Zero point of symmetric quantisation.
 const SYMMETRIC_ZERO: u8 = 8;
 
-/// A view of one quantised matrix, `y = x W^T + bias`, `W[n, k] = f16(scale[g(k), n] * (code[k, n] - zero[g(k), n]))`.
+/// A view of one quantised matrix, `y = x W^T + bias`, `W[n, k] = scale[g(k), n] * (code[k, n] - zero[g(k), n])`.
 #[derive(Debug, Clone)]
 pub struct GptqTensor<'a> {
     /// `transformer.h.3.mlp.dense_h_to_4h`

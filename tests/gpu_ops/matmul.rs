@@ -8,8 +8,10 @@ use peregrine::repack::{self, InputOrder};
 
 use crate::kit::*;
 
-/// f32 sums of exact products. Measured: 9.2e-7 (gptq_gemv, whose zero points are subtracted after the sum), 1.4e-7 (the others).
-const F32_TOLERANCE: f64 = 2e-6;
+/// f32 sums of exact products. Measured: 1.4e-7.
+const F32_TOLERANCE: f64 = 4e-7;
+/// The same by gptq_gemv, which subtracts the zero points after the sum. Measured: 9.2e-7.
+const GEMV_TOLERANCE: f64 = 2e-6;
 /// The same rounded to f16: 2^-11 / sqrt(3) = 2.8e-4 at most. Measured: 2.2e-4.
 const F16_TOLERANCE: f64 = 3e-4;
 
@@ -77,7 +79,7 @@ fn check_partials(stream: &Stream, kernel: MatmulKernel, q: &Quantised, seed: u6
             &format!("{kernel:?} [{}, {}] m {m}", q.n, q.k),
             &sum_slices(&got, slices),
             &want,
-            F32_TOLERANCE,
+            if kernel == MatmulKernel::Gemv { GEMV_TOLERANCE } else { F32_TOLERANCE },
         );
         let again = run_partials(stream, kernel, &w, &x, m, slices);
         assert!(

@@ -84,12 +84,6 @@ impl AttnScratch {
             arrivals: DevBuf::zeros(stream, "attention arrivals", groups)?,
         })
     }
-
-    /// Bytes of device memory.
-    #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.partials.bytes() + self.arrivals.bytes()
-    }
 }
 
 /// Attention's output: `heads * 64` f16 values a token, from `first` on, `stride` apart.
