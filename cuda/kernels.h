@@ -2,7 +2,7 @@
 // build.rs turns this file into Rust with bindgen; it includes <stdint.h> only, so that needs no CUDA headers.
 //
 // Conventions. f16 is uint16_t bits here. `[m, n] f16` means m rows of n, row-major. Every pointer is device memory unless
-// it says host. `tokens` (M) is the number of tokens in a call, all of one timeline, at positions *position, *position + 1 ...
+// it says host. `tokens` (M) is the number of tokens in a call; what each one is stands in a StepToken.
 // Values that only the device knows (ids, positions, act-order sources, groups) are clamped to the buffer they index: the host checks
 // them where they come from, and a wrong one gives a wrong result, never a stray access.
 // A launcher copies *p, enqueues, and returns: 0, a cudaError_t (> 0), or a PEREGRINE_* code (< 0) if the shape is not one the
@@ -23,7 +23,9 @@ extern "C" {
 #define PEREGRINE_HEAD_DIM 64
 #define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv, head or attn_decode call: the N of mma.m16n8k16
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
-#define PEREGRINE_ATTN_CHUNK 256   // keys of one attn_decode block
+#define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
+#define PEREGRINE_STOP_IDS 8       // most ids that end a generation
+#define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
 
 struct CUstream_st;
 
@@ -32,6 +34,21 @@ typedef struct Launch {
     struct CUstream_st* stream;
     uint32_t overlap;  // 1: programmatic dependent launch (sm_90): the kernel may start while its predecessor drains
 } Launch;
+
+// One token of a call. Tokens of one slot follow each other, at following positions: first .. of the call.
+typedef struct StepToken {
+    uint32_t id;
+    uint32_t position;  // where it is appended
+    uint32_t slot;      // sequence: which part of the KV cache
+    uint32_t first;     // index in the call of its slot's first token
+} StepToken;
+
+// The tokens of the next decode step, as the sampler leaves them. One struct in device memory.
+typedef struct Step {
+    uint32_t tokens;  // 0: nothing is left to do
+    uint32_t reserved[3];
+    StepToken token[PEREGRINE_STEP_TOKENS];
+} Step;
 
 // A quantised matrix [n, k] in units (cuda/units.cuh draws them). unit_bytes = 512 + 32 * scales_per_row * (1 + has_zeros).
 typedef struct GptqMatrix {
@@ -90,7 +107,7 @@ typedef struct TableRepackParams {
 } TableRepackParams;
 int32_t table_repack(const TableRepackParams* p, const Launch* l);
 
-// embed: x[m] = row ids[m] of the table.
+// embed: x[m] = row token[m].id of the table.
 typedef struct EmbedParams {
     const uint16_t* units;  // f16 units [vocab / 16][hidden / 64]
     const uint32_t* ids;    // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
@@ -121,30 +138,43 @@ typedef struct PermuteParams {
 } PermuteParams;
 int32_t permute(const PermuteParams* p, const Launch* l);
 
-// rope: rotates the query heads in place and the key into the cache, and copies the value into the cache.
+// rope: rotates the query heads in place and the key into the cache, and copies the value into the cache. For prompts; attn_decode
+// does it itself.
 typedef struct RopeParams {
     uint16_t* qkv;            // [tokens, (heads + 2) * 64] f16: queries, key, value
-    uint16_t* k_cache;        // [max_context, 64] f16 of this layer
-    uint16_t* v_cache;        // [max_context, 64] f16
+    uint16_t* k_cache;        // [slots, max_context, 64] f16 of this layer
+    uint16_t* v_cache;        // [slots, max_context, 64] f16
     const float* table;       // [max_context, 32, 2]: cos and sin of position * theta^(-2i/64)
-    const uint32_t* position; // one value: position of the first token
-    uint32_t tokens, heads, max_context;
+    const StepToken* token;   // [tokens]
+    uint32_t tokens, heads, slots, max_context;
 } RopeParams;
 int32_t rope(const RopeParams* p, const Launch* l);
 
-// attn_decode, attn_prefill: multi-query causal attention of `tokens` queries on the cache, which holds their keys already.
-typedef struct AttnParams {
-    const uint16_t* qkv;      // [tokens, (heads + 2) * 64] f16, queries rotated
-    const uint16_t* k_cache;  // [max_context, 64] f16
-    const uint16_t* v_cache;  // [max_context, 64] f16
-    const uint32_t* position;
+// attn_decode: multi-query causal attention of few tokens. Rotates queries and keys, appends key and value of each token to its slot's
+// cache, and attends to the slot's cache and the tokens of the slot in this call.
+typedef struct AttnDecodeParams {
+    const uint16_t* qkv;      // [tokens, (heads + 2) * 64] f16: queries, key, value, not rotated
+    uint16_t* k_cache;        // [slots, max_context, 64] f16, rotated keys
+    uint16_t* v_cache;        // [slots, max_context, 64] f16
+    const float* table;       // [max_context, 32, 2]: cos and sin
+    const StepToken* token;   // [tokens]
     uint16_t* out;            // [tokens, out_stride] f16: heads * 64 values a token
-    float* partials;          // attn_decode: [tokens, head tiles, chunks, 16, 66] f32
-    uint32_t* arrivals;       // attn_decode: [tokens, head tiles], zero before and after
-    uint32_t tokens, heads, out_stride, max_context;
-} AttnParams;
-int32_t attn_decode(const AttnParams* p, const Launch* l);   // tokens <= PEREGRINE_GEMV_TOKENS
-int32_t attn_prefill(const AttnParams* p, const Launch* l);
+    float* partials;          // [tokens, head tiles, chunks of max_context, 32 lanes, 36] f32
+    uint32_t* arrivals;       // [tokens, head tiles], zero before and after
+    uint32_t tokens, heads, out_stride, slots, max_context;
+} AttnDecodeParams;
+int32_t attn_decode(const AttnDecodeParams* p, const Launch* l);   // tokens <= PEREGRINE_STEP_TOKENS
+
+// attn_prefill: multi-query causal attention of many tokens of one slot on its cache, which holds their keys already.
+typedef struct AttnPrefillParams {
+    const uint16_t* qkv;      // [tokens, (heads + 2) * 64] f16, queries rotated
+    const uint16_t* k_cache;  // [slots, max_context, 64] f16
+    const uint16_t* v_cache;  // [slots, max_context, 64] f16
+    const StepToken* token;   // [tokens]: the first one's slot and position count
+    uint16_t* out;            // [tokens, out_stride] f16: heads * 64 values a token
+    uint32_t tokens, heads, out_stride, slots, max_context;
+} AttnPrefillParams;
+int32_t attn_prefill(const AttnPrefillParams* p, const Launch* l);
 
 // head: logits[m, v] = sum_k x[m, k] * E[v, k], f32.
 typedef struct HeadParams {
@@ -163,35 +193,47 @@ typedef struct SampledToken {
     uint32_t step;   // 1 for the first token of a generation; written last
 } SampledToken;
 
-// What a decode step reads and the sampler advances. One struct in device memory.
+// A sequence being generated. Device memory, one a slot.
 typedef struct DecodeState {
-    uint32_t position;  // tokens in the cache = position of the next token to be appended
-    uint32_t token;     // that token
+    uint32_t position;  // of the slot's first token in the next step = tokens in its cache
     uint32_t step;      // tokens sampled in this generation
     uint32_t length;    // tokens in `history`
+    uint32_t done;      // 1: a stop id was sampled or the room is used up
+    uint32_t draft_wait, draft_backoff;  // steps without drafts still to go, and how many follow the next failure
+    uint32_t steps, drafted;             // decode steps and drafts so far, for the figures
 } DecodeState;
 
-// sample: one token from one row of logits, by the formulas of src/sampler.rs; advances the state.
+// sample: a token from each row of logits, by the formulas of src/sampler.rs; keeps those that follow from one another (speculation:
+// src/speculate.rs), tells the host, and sets up the next step. Row m belongs to step->token[m].
 typedef struct SampleParams {
-    const float* logits;     // [vocab]
-    float* scratch;          // [vocab]
-    uint32_t* history;       // [history_capacity] every token so far; the new one is appended
-    uint32_t* seen;          // [ceil(vocab / 32)] bit set of the history
-    DecodeState* state;
-    SampledToken* out;       // pinned host memory, [out_capacity]: token of step s is at (s - 1) % out_capacity
-    uint32_t vocab, history_capacity, out_capacity;
+    const float* logits;     // [rows, vocab]
+    float* scratch;          // [rows, vocab]
+    float* surveys;          // [rows, SAMPLE_BLOCKS, 8]: what each block found
+    uint32_t* arrivals;      // [rows + slots], zero before and after
+    uint32_t* history;       // [slots, history_capacity] every token so far; new ones are appended
+    uint32_t* seen;          // [slots, ceil(vocab / 32)] bit set of the history
+    DecodeState* state;      // [slots]
+    Step* step;
+    SampledToken* out;       // pinned host memory, [slots, out_capacity]: token of step s is at (s - 1) % out_capacity
+    uint32_t rows;           // most rows there may be; rows beyond step->tokens do nothing
+    uint32_t slots;          // 1, or as many as rows: then row m is slot m
+    uint32_t vocab, history_capacity, out_capacity, max_context;
+    uint32_t max_new_tokens; // tokens of a generation at most
+    uint32_t stop_ids[PEREGRINE_STOP_IDS], stop_count;
+    uint32_t drafts;         // most drafts of the next step, < rows; 0: no speculation
     uint32_t top_k, no_repeat_ngram_size;
     uint32_t seed_low, seed_high;
     float temperature, top_p, min_p, repetition_penalty;
 } SampleParams;
 int32_t sample(const SampleParams* p, const Launch* l);
 
-// start: fills `seen` from the history and sets the state for a generation that follows a prefill.
+// start: fills `seen` from a slot's history and sets its state, and its token of the step, for a generation that follows a prefill.
 typedef struct StartParams {
-    const uint32_t* history;  // [length]
-    uint32_t* seen;           // [ceil(vocab / 32)]
-    DecodeState* state;
-    uint32_t length, position, vocab;
+    const uint32_t* history;  // [length] of this slot
+    uint32_t* seen;           // [ceil(vocab / 32)] of this slot
+    DecodeState* state;       // of this slot
+    Step* step;
+    uint32_t length, position, vocab, slot, slots;
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 
