@@ -19,7 +19,7 @@
 //          before this one is computed: 23.8 us at 1 token, 32 us at 8 (probably since both strips' loads share the few scoreboards
 //          of a warp, so that waiting for this strip waits for the next one too). One ring for the block, a barrier a strip: 19.9 us at 1, 22.8 us at 8.
 #include "launch.cuh"
-#include "units.cuh"
+#include "strip.cuh"
 
 namespace {
 
@@ -37,65 +37,20 @@ constexpr int SLOTS = BYTES <= 544 ? 4 : BYTES <= 576 ? 3 : 1;
 // Units of a slice that warp w owns: first (w) .. first (w + 1).
 __device__ __forceinline__ uint32_t first_unit(uint32_t warp, uint32_t count) { return warp * count / WARPS; }
 
-// The inputs of this warp's units for all tokens: B fragments, and the sum of each run of 64 / SCALES inputs for this lane's columns.
+// The inputs of this warp's `units` units, from unit0 on.
 template <int SCALES>
-struct WarpInputs {
-    uint32_t b[WARP_UNITS][2 * STEPS];
-    float2 sums[WARP_UNITS][SCALES];
-
-    // Of `units` units from unit0 on.
-    __device__ __forceinline__ void load(const GptqMatmulParams& p, uint32_t unit0, uint32_t units, uint32_t lane) {
-        const uint32_t token = lane / 4, q = lane % 4;
-        const uint16_t* x = p.x + (size_t)token * p.x_stride + (size_t)unit0 * UNIT_INPUTS + 2 * q;
+__device__ __forceinline__ void load_inputs(StripInputs<WARP_UNITS, SCALES>& x, const GptqMatmulParams& p, uint32_t unit0, uint32_t units,
+                                            uint32_t lane) {
+    const uint32_t token = lane / 4, q = lane % 4;
+    const uint16_t* from = p.x + (size_t)token * p.x_stride + (size_t)unit0 * UNIT_INPUTS + 2 * q;
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) {
-            const bool present = token < p.tokens && i < units;
+    for (int i = 0; i < WARP_UNITS; i++) {
+        const bool present = token < p.tokens && i < units;
 #pragma unroll
-            for (int j = 0; j < 2 * STEPS; j++)
-                b[i][j] = present ? *reinterpret_cast<const uint32_t*>(x + i * UNIT_INPUTS + j * 8) : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++)
-#pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                float sum = 0.f;
-#pragma unroll
-                for (int j = h * 2 * STEPS / SCALES; j < (h + 1) * 2 * STEPS / SCALES; j++) {
-                    const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&b[i][j]));
-                    sum += f.x + f.y;
-                }
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                // Token t's sum is in lanes 4 t ..; this lane's accumulators are of tokens 2 q and 2 q + 1.
-                sums[i][h] = make_float2(__shfl_sync(~0u, sum, 8 * q), __shfl_sync(~0u, sum, 8 * q + 4));
-            }
+        for (int j = 0; j < 2 * STEPS; j++)
+            x.b[i][j] = present ? *reinterpret_cast<const uint32_t*>(from + i * UNIT_INPUTS + j * 8) : 0;
     }
-};
-
-// acc[16 rows x 8 tokens] += one unit * x.
-template <int SCALES, bool ZEROS>
-__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const uint32_t b[2 * STEPS], const float2 sums[SCALES],
-                                              uint32_t lane) {
-    const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
-#pragma unroll
-    for (int h = 0; h < SCALES; h++) {
-        float c[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll
-        for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
-            uint32_t a[4];
-            unpack_subnormal(words[s], a);
-            mma(c, a, b[2 * s], b[2 * s + 1]);
-        }
-        const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
-        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(q));
-        const float2 zero =
-            ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(8.f, 8.f);
-        acc[0] += scale.x * fmaf(c[0], CODE_LOW_SCALE, -zero.x * sums[h].x);
-        acc[1] += scale.x * fmaf(c[1], CODE_LOW_SCALE, -zero.x * sums[h].y);
-        acc[2] += scale.y * fmaf(c[2], CODE_HIGH_SCALE, -zero.y * sums[h].x);
-        acc[3] += scale.y * fmaf(c[3], CODE_HIGH_SCALE, -zero.y * sums[h].y);
-    }
+    x.add_up();
 }
 
 // Adds the warps' sums of `strips` strips, in warp order, and stores them. `tile` is the first strip's.
@@ -116,7 +71,6 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
     overlap_next();
     constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
     constexpr int STAGE_BYTES = WARP_UNITS * BYTES;
-    constexpr int LAST = WARP_UNITS - 1;  // a warp of a full slice owns LAST or WARP_UNITS units
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
     const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
@@ -146,8 +100,8 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
     for (int i = 0; i < STAGES - 1; i++) request();
 
     wait_previous();
-    WarpInputs<SCALES> x;
-    x.load(p, unit0, units, lane);
+    StripInputs<WARP_UNITS, SCALES> x;
+    load_inputs(x, p, unit0, units, lane);
 
     uint32_t stage = 0, slot = 0;
     for (uint32_t tile = blockIdx.x / p.slices; tile < tiles; tile += tile_step) {
@@ -156,16 +110,7 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
         request();
         const uint8_t* strip = ring + stage * STAGE_BYTES;
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        if (units >= LAST) {
-            // No branch between the units: their chains of mma run side by side.
-#pragma unroll
-            for (int i = 0; i < LAST; i++) multiply_unit<SCALES, ZEROS>(acc, strip + i * BYTES, x.b[i], x.sums[i], lane);
-            if (units > LAST) multiply_unit<SCALES, ZEROS>(acc, strip + LAST * BYTES, x.b[LAST], x.sums[LAST], lane);
-        } else {
-#pragma unroll
-            for (int i = 0; i < LAST; i++)
-                if (i < units) multiply_unit<SCALES, ZEROS>(acc, strip + i * BYTES, x.b[i], x.sums[i], lane);
-        }
+        multiply_units<WARP_UNITS, SCALES, ZEROS>(acc, strip, units, x, lane);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
 
         float* sums = partial + slot * PARTIAL_FLOATS + (warp * UNIT_ROWS + lane / 4) * TOKENS + lane % 4 * 2;

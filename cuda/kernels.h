@@ -185,6 +185,50 @@ typedef struct HeadParams {
 } HeadParams;
 int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 
+#define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
+
+// What a decode step reads of one layer.
+typedef struct DecodeLayer {
+    const uint8_t* qkv_up;      // units of [qkv ; up]: [((heads + 2) * 64 + ffn) / 16][hidden / 64]
+    const uint8_t* down_dense;  // units of [down | dense]: [hidden / 16][(ffn + hidden) / 64]
+    const float* norm_weight;   // [hidden]
+    const float* norm_bias;     // [hidden]
+    uint16_t* k_cache;          // [slots, max_context, 64] f16, rotated keys
+    uint16_t* v_cache;          // [slots, max_context, 64] f16
+} DecodeLayer;
+
+// What decode_step says before it gives up: a block waited too long for what others should have written.
+typedef struct DecodeFault {
+    uint32_t fault;  // 0, or 1 + what was waited for: 0 the residual stream, 1 the MLP's or attention's output, 2 queries, keys and values
+    uint32_t layer, block;
+} DecodeFault;
+
+// decode_step: one token of each row of *step, from its id to its logits, in one launch of one block a multiprocessor.
+typedef struct DecodeStepParams {
+    DecodeLayer layer[PEREGRINE_STEP_LAYERS];
+    const uint8_t* embedding;   // f16 units [vocab / 16][hidden / 64]
+    const uint8_t* head;        // f16 units [vocab / 16][hidden / 64]
+    const float* final_weight;  // [hidden]
+    const float* final_bias;    // [hidden]
+    const float* table;         // [max_context, 32, 2]: cos and sin
+    const Step* step;
+    uint64_t* x;                // [2, 8, hidden]: zero before the first call
+    uint16_t* qkv;              // [2, 8, (heads + 2) * 64] f16: all bits set before the first call
+    uint16_t* wide;             // [2, 8, ffn + hidden] f16: all bits set before the first call
+    float* attn_partials;       // as in AttnDecodeParams
+    uint32_t* attn_arrivals;
+    uint32_t* epoch;            // [2]: which half of x is this step's, and blocks that are done; zero before the first call
+    float* logits;              // [8, vocab]
+    DecodeFault* fault;         // pinned host memory
+    uint32_t layers, hidden, ffn, heads, vocab, slots, max_context, has_zeros;
+    uint32_t blocks;            // what decode_step_blocks said
+    uint32_t patience;          // polls before a block gives up
+    float epsilon;
+} DecodeStepParams;
+int32_t decode_step(const DecodeStepParams* p, const Launch* l);
+// Blocks decode_step is launched with on the current device, one a multiprocessor, all resident at once; 0 where it cannot run.
+int32_t decode_step_blocks(uint32_t has_zeros, uint32_t* blocks);
+
 // What the sampler tells the host about one token; lies in pinned host memory.
 typedef struct SampledToken {
     uint32_t id;

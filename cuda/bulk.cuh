@@ -1,0 +1,39 @@
+// bulk — what a kernel that streams weights needs of sm_90: mbarriers and one-dimensional bulk copies (the copy engine of an SM).
+//
+// A barrier of count n completes a phase when n arrivals and all announced bytes are in; `parity` is the phase's number modulo 2,
+// counted from 0. Waiting for parity 1 on a fresh barrier returns at once: "the phase before the first is over".
+#pragma once
+#include <stdint.h>
+#include "units.cuh"
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+// Makes the initialised barriers known to the copy engine.
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t count = 1) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+}
+// One arrival, and `bytes` more to wait for.
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}"
+        ::"r"(smem_address(barrier)), "r"(parity) : "memory");
+}
+
+// Global to shared, `bytes` (a multiple of 16) reported to `barrier`. The hint: read once, evict first.
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     smem_address(shared)),
+                 "l"(global), "r"(bytes), "r"(smem_address(barrier)), "l"(0x12F0000000000000ull)
+                 : "memory");
+}

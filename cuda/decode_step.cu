@@ -1,0 +1,621 @@
+// decode_step — one token of up to 8 sequences (or up to 8 tokens of one), from id to logits, in one launch.
+#ifndef STUB_ATTENTION
+#include "attn_decode.cuh"
+#endif
+#include "bulk.cuh"
+#include "launch.cuh"
+#include "strip.cuh"
+#include "table.cuh"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+namespace {
+
+constexpr uint32_t CONSUMERS = 12, PRODUCER = 12, STORER = 13, ATTENTION = 14, WARPS = 16;
+constexpr uint32_t THREADS = WARPS * 32;
+constexpr uint32_t GROUP_WARPS = 4;   // consumer warps that share a stage
+constexpr uint32_t WARP_UNITS = 6;    // most units of a strip a warp owns
+constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
+constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 4
+#endif
+constexpr uint32_t SUM_SLOTS = 4;     // strips whose sums wait for the storer
+constexpr uint32_t SUM_FLOATS = UNIT_ROWS * TOKENS;
+constexpr uint32_t NOT_READY = 0xffffffffu;  // two f16 NaN that no conversion gives
+constexpr float X_ONE = 16777216.f;   // residual: steps of 2^-24 above an 8 bit count of contributions
+constexpr float X_LIMIT = 1073741824.f;
+
+template <bool ZEROS>
+struct Shared {
+    static constexpr int BYTES = unit_bytes<1, ZEROS>();
+    static constexpr uint32_t STAGE_BYTES = GROUP_UNITS * BYTES;
+    static constexpr uint32_t DEPTH = ZEROS ? 4 : 5;  // strips in the ring
+    static constexpr uint32_t STAGES = DEPTH * CONSUMERS / GROUP_WARPS;
+    uint8_t ring[STAGES][STAGE_BYTES];
+    float sums[SUM_SLOTS][CONSUMERS][SUM_FLOATS];
+    uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
+    float2 moments[2][CONSUMERS];
+    uint64_t full[STAGES], empty[STAGES];
+    uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
+};
+
+// ---------------------------------------------------------------- words other blocks write
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ ulonglong2 load_relaxed(const ulonglong2* p) {
+    ulonglong2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0,%1}, [%2];" : "=l"(v.x), "=l"(v.y) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* p) {
+    uint64_t v;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_relaxed(uint16_t* p, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint16_t* p, uint32_t v, uint32_t w) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v), "r"(w) : "memory");
+}
+__device__ __forceinline__ void add_relaxed(uint64_t* p, uint64_t v) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
+}
+__device__ __forceinline__ bool ready(uint4 v) {
+    return v.x != NOT_READY && v.y != NOT_READY && v.z != NOT_READY && v.w != NOT_READY;
+}
+
+// A contribution to the residual: the value in steps of 2^-24 above the count 1.
+__device__ __forceinline__ uint64_t contribution(float v) { return ((uint64_t)__float2ll_rn(v * X_ONE) << 8) + 1; }
+__device__ __forceinline__ float residual_value(uint64_t v) { return __ll2float_rn((int64_t)v >> 8) * (1.f / X_ONE); }
+
+enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
+
+[[noreturn]] __device__ __noinline__ void give_up(const DecodeStepParams& p, Awaited what, uint32_t layer) {
+    p.fault->layer = layer;
+    p.fault->block = blockIdx.x;
+    __threadfence_system();
+    *(volatile uint32_t*)&p.fault->fault = 1 + (uint32_t)what;
+    __threadfence_system();
+    __trap();
+    __builtin_unreachable();
+}
+
+// Calls `load` until all lanes say that what they loaded is complete.
+template <typename Load>
+__device__ __forceinline__ void poll(const DecodeStepParams& p, Awaited what, uint32_t layer, Load load) {
+    for (uint32_t tries = 0; !__all_sync(~0u, load()); tries++)
+        if (tries == p.patience) give_up(p, what, layer);
+}
+
+// ---------------------------------------------------------------- who does what
+
+// The kernel's parameters, and what follows from them; both lie in constant memory, where they cost no registers.
+struct Args : DecodeStepParams {
+    uint32_t units;                    // of a strip: hidden / 64
+    uint32_t owners, groups;           // consumer warps that have units, and groups that have such warps
+    uint32_t qkv_size, wide_size;
+    uint32_t qkv_tiles, wide_tiles;    // row tiles of [qkv ; up]; of [down | dense]
+    uint32_t slices, head_tiles;
+    uint32_t qkv_half, wide_half;      // values of one half of `qkv` and `wide`
+    explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
+        units = hidden / UNIT_INPUTS;
+        owners = (units + WARP_UNITS - 1) / WARP_UNITS, groups = (units + GROUP_UNITS - 1) / GROUP_UNITS;
+        qkv_size = (heads + 2) * PEREGRINE_HEAD_DIM, wide_size = ffn + hidden;
+        qkv_tiles = (qkv_size + ffn) / UNIT_ROWS, wide_tiles = hidden / UNIT_ROWS;
+        slices = ffn / hidden + 1, head_tiles = vocab / UNIT_ROWS;
+        qkv_half = TOKENS * qkv_size, wide_half = TOKENS * wide_size;
+    }
+};
+
+// The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
+// of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
+// (attention's output), which has until then to be ready.
+__device__ __forceinline__ uint32_t share(uint32_t block, uint32_t count) { return block * count / gridDim.x; }
+// First strip of a block, of those of slices 0 .. slices - 2: slice * wide_tiles + tile.
+__device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { return share(block, (p.slices - 1) * p.wide_tiles); }
+// First tile of a block, of the last slice. Together with the other run a block has its even share of all strips.
+__device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
+    return p.wide_tiles >= gridDim.x ? share(block, p.slices * p.wide_tiles) - first_run(p, block) : share(block, p.wide_tiles);
+}
+// Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
+template <typename Begin, typename Strip>
+__device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
+    uint32_t at = first_run(p, blockIdx.x);
+    const uint32_t end = first_run(p, blockIdx.x + 1);
+#pragma unroll 1
+    while (true) {
+        const bool last = at == end;
+        const uint32_t slice = last ? p.slices - 1 : at / p.wide_tiles;
+        uint32_t tile = last ? last_run(p, blockIdx.x) : at - slice * p.wide_tiles;
+        const uint32_t stop = last ? last_run(p, blockIdx.x + 1) : min(p.wide_tiles, tile + end - at);
+        if (!last) at += stop - tile;
+        if (tile < stop) begin(slice);
+#pragma unroll 1
+        for (; tile < stop; tile++) strip(tile, slice);
+        if (last) break;
+    }
+}
+
+// ---------------------------------------------------------------- producer
+
+template <bool ZEROS>
+struct Producer {
+    using S = Shared<ZEROS>;
+    const Args& p;
+    S& shared;
+    uint32_t stages, slot = 0, phase = 0, behind = 0, behind_phase = 0, issued = 0;
+
+    __device__ __forceinline__ void next(uint32_t& slot, uint32_t& phase) const {
+        if (++slot == stages) slot = 0, phase ^= 1;
+    }
+    // Asks for one stage; false when there turns out to be nothing to do.
+    __device__ __forceinline__ bool push(const uint8_t* from, uint32_t bytes) {
+        if (issued == stages) {
+            wait_previous();
+            if (load_relaxed(&p.step->tokens) == 0) return false;
+        }
+        if (issued >= IN_FLIGHT) {
+            barrier_wait(&shared.full[behind], behind_phase);
+            next(behind, behind_phase);
+        }
+        issued++;
+        barrier_wait(&shared.empty[slot], phase ^ 1);
+        barrier_expect(&shared.full[slot], bytes);
+        bulk_copy(shared.ring[slot], from, bytes, &shared.full[slot]);
+        next(slot, phase);
+        return true;
+    }
+    // A strip of p.units units of `bytes` each, `at_once` units a stage.
+    __device__ __forceinline__ bool strip(const uint8_t* from, uint32_t bytes, uint32_t at_once) {
+        bool going = true;
+        for (uint32_t u = 0; u < p.units && going; u += at_once)
+            going = push(from + (size_t)u * bytes, min(at_once, p.units - u) * bytes);
+        return going;
+    }
+    __device__ __forceinline__ bool layer(const DecodeLayer& l) {
+        bool going = true;
+        for (uint32_t t = blockIdx.x; t < p.qkv_tiles && going; t += gridDim.x)
+            going = strip(l.qkv_up + (size_t)t * p.units * S::BYTES, S::BYTES, GROUP_UNITS);
+        for_each_down_dense(
+            p, [](uint32_t) {},
+            [&](uint32_t tile, uint32_t slice) {
+                if (going) going = strip(l.down_dense + (size_t)(tile * p.slices + slice) * p.units * S::BYTES, S::BYTES, GROUP_UNITS);
+            });
+        return going;
+    }
+    __device__ void run() {
+        bool going = true;
+        for (uint32_t i = 0; i < p.layers && going; i++) going = layer(p.layer[i]);
+        for (uint32_t t = blockIdx.x; t < p.head_tiles && going; t += gridDim.x)
+            going = strip(p.head + (size_t)t * p.units * TABLE_UNIT_BYTES, TABLE_UNIT_BYTES, WARP_UNITS);
+        // A block must not end while copies to its memory are under way.
+        while (behind != slot || behind_phase != phase) {
+            barrier_wait(&shared.full[behind], behind_phase);
+            next(behind, behind_phase);
+        }
+        wait_previous();
+    }
+};
+
+// ---------------------------------------------------------------- consumers
+
+template <bool ZEROS>
+struct Consumer {
+    using S = Shared<ZEROS>;
+    const Args& p;
+    S& shared;
+    uint32_t tokens, slot, phase = 0, sums = 0;
+    StripInputs<WARP_UNITS, 1> x;
+
+    static __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
+    static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
+    // Of each strip this warp has `units()` units from first() on.
+    __device__ __forceinline__ uint32_t first() const { return min(warp() * WARP_UNITS, p.units); }
+    __device__ __forceinline__ uint32_t units() const { return min(first() + WARP_UNITS, p.units) - first(); }
+
+    __device__ __forceinline__ void advance(uint32_t by) {
+        const uint32_t stages = S::DEPTH * p.groups;
+        slot += by;
+        if (slot >= stages) slot -= stages, phase ^= 1;
+    }
+
+    // Hands this warp's share of a strip's sums to the storer.
+    __device__ __forceinline__ void hand_over(const float acc[4]) {
+        const uint32_t at = sums % SUM_SLOTS;
+        barrier_wait(&shared.sums_empty[at], sums / SUM_SLOTS % 2 ^ 1);
+        float* to = &shared.sums[at][warp()][lane() * 2];  // row l / 4, tokens 2 (l % 4), + 1
+        *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
+        *reinterpret_cast<float2*>(to + 8 * TOKENS) = make_float2(acc[2], acc[3]);
+        __syncwarp();
+        if (lane() == 0) barrier_arrive(&shared.sums_full[at]);
+        sums++;
+    }
+
+    __device__ __forceinline__ void strip() {
+        barrier_wait(&shared.full[slot], phase);
+        float acc[4] = {0.f, 0.f, 0.f, 0.f};
+        multiply_units<WARP_UNITS, 1, ZEROS>(acc, shared.ring[slot] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES, units(), x, lane());
+        __syncwarp();
+        if (lane() == 0) barrier_arrive(&shared.empty[slot]);
+        advance(p.groups);
+        hand_over(acc);
+    }
+
+    // Norm of one token's residual, of which this warp has the inputs of its own units; leaves them in x.
+    __device__ __forceinline__ void norm_token(uint32_t m, const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+        const uint32_t lane = this->lane(), units = this->units(), count = 1 + layer * p.slices;
+        const uint64_t* mine = residual + (size_t)m * p.hidden + first() * UNIT_INPUTS;
+        // A word of each unit first: polling for all of them would be traffic in the way of those who write them.
+        poll(p, Awaited::RESIDUAL, layer, [&] {
+            return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count;
+        });
+        float v[2 * WARP_UNITS];
+        poll(p, Awaited::RESIDUAL, layer, [&] {
+            bool complete = true;
+            ulonglong2 r[WARP_UNITS];
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++)
+                if (i < units) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++) {
+                const bool present = i < units;
+                complete &= !present || ((r[i].x & 255) == count && (r[i].y & 255) == count);
+                v[2 * i] = present ? residual_value(r[i].x) : 0.f;
+                v[2 * i + 1] = present ? residual_value(r[i].y) : 0.f;
+            }
+            return complete;
+        });
+        float2 w[WARP_UNITS], b[WARP_UNITS];  // asked for here: the sums below hide their latency
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) {
+            const uint32_t e = (first() + i) * UNIT_INPUTS + 2 * lane;
+            w[i] = i < units ? __ldg(reinterpret_cast<const float2*>(weight + e)) : make_float2(0.f, 0.f);
+            b[i] = i < units ? __ldg(reinterpret_cast<const float2*>(bias + e)) : make_float2(0.f, 0.f);
+        }
+        const float2 moments = all_moments(m, v);
+        // Inputs 2 l, 2 l + 1 of a unit to where lane q of token m finds its eight words together.
+        uint32_t* to = shared.inputs[warp()] + lane % 4 * 8 + lane / 8 * 2 + lane / 4 % 2;
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) {
+            const __half2 h = __floats2half2_rn((v[2 * i] - moments.x) * moments.y * w[i].x + b[i].x,
+                                                (v[2 * i + 1] - moments.x) * moments.y * w[i].y + b[i].y);
+            to[i * 32] = *reinterpret_cast<const uint32_t*>(&h);
+        }
+        __syncwarp();
+        if (lane / 4 == m)
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++) {
+                const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane % 4 * 8);
+                *reinterpret_cast<uint4*>(x.b[i]) = from[0];
+                *reinterpret_cast<uint4*>(x.b[i] + 4) = from[1];
+            }
+        __syncwarp();
+    }
+
+    // Mean and 1 / standard deviation of a token whose inputs the consumers hold. Each warp's squares are about the warp's own mean;
+    // they are joined as Chan et al. (1979) do it, in warp order.
+    __device__ __forceinline__ float2 all_moments(uint32_t m, const float v[2 * WARP_UNITS]) {
+        const uint32_t units = this->units();
+        float sum = 0.f, squares = 0.f;
+#pragma unroll
+        for (int i = 0; i < 2 * WARP_UNITS; i++) sum += v[i];
+#pragma unroll
+        for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        const float own_mean = sum / (units * UNIT_INPUTS);
+#pragma unroll
+        for (int i = 0; i < 2 * WARP_UNITS; i++)
+            if (i / 2 < units) squares += (v[i] - own_mean) * (v[i] - own_mean);
+#pragma unroll
+        for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
+        float2* parts = shared.moments[m % 2];
+        if (lane() == 0) parts[warp()] = make_float2(sum, squares);
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
+        float all = 0.f, all_squares = 0.f;
+#pragma unroll
+        for (int w = 0; w < CONSUMERS; w++) all += parts[w].x;
+        const float mean = all / p.hidden;
+        for (uint32_t w = 0; w < p.owners; w++) {
+            const float n = (min((w + 1) * WARP_UNITS, p.units) - w * WARP_UNITS) * UNIT_INPUTS, apart = parts[w].x / n - mean;
+            all_squares += parts[w].y + n * apart * apart;
+        }
+        return make_float2(mean, 1.f / sqrtf(all_squares / p.hidden + p.epsilon));
+    }
+
+    // x = norm of the residual after `layer` layers, once it is complete.
+    __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+            for (int j = 0; j < 2 * STEPS; j++) x.b[i][j] = 0;
+#pragma unroll 1
+        for (uint32_t m = 0; m < tokens; m++) norm_token(m, residual, weight, bias, layer);
+        x.add_up();
+    }
+
+    // x = one slice of the wide activations, in the order of the operands: input 16 s + 8 h + 2 q + e of a unit at 16 q + 4 s + 2 h + e.
+    __device__ __forceinline__ void load(const uint16_t* wide, uint32_t slice, uint32_t layer) {
+        const uint32_t m = lane() / 4, units = this->units();
+        const bool present = m < tokens;
+        const uint16_t* from = wide + (size_t)(present ? m : 0) * p.wide_size + slice * p.hidden + first() * UNIT_INPUTS + lane() % 4 * 16;
+        poll(p, Awaited::WIDE, layer, [&] {
+            return !present || units == 0 || load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY;
+        });
+        poll(p, Awaited::WIDE, layer, [&] {
+            bool complete = true;
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    uint4 v = make_uint4(0, 0, 0, 0);
+                    if (present && i < units) v = load_relaxed(reinterpret_cast<const uint4*>(from + i * UNIT_INPUTS) + half);
+                    *reinterpret_cast<uint4*>(x.b[i] + 4 * half) = v;
+                }
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+                for (int j = 0; j < 2 * STEPS; j++) complete &= x.b[i][j] != NOT_READY;
+            return complete;
+        });
+        x.add_up();
+    }
+
+    // Strips of the head's f16 table; each warp's units are a stage of their own.
+    __device__ __forceinline__ void head() {
+        slot -= warp() / GROUP_WARPS;  // from stages of a group to stages of a warp
+        advance(warp());
+#pragma unroll 1
+        for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
+            barrier_wait(&shared.full[slot], phase);
+            const uint8_t* unit = shared.ring[slot] + lane() * 16;
+            float acc[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++) {
+                if (i >= units()) break;
+                // A chain of one unit, then an f32 add: the tensor core's own adds truncate.
+                float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+                for (int s = 0; s < STEPS; s++) {
+                    const uint4 a = *reinterpret_cast<const uint4*>(unit + i * TABLE_UNIT_BYTES + s * 512);
+                    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
+                    mma(c, words, x.b[i][2 * s], x.b[i][2 * s + 1]);
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) acc[j] += c[j];
+            }
+            __syncwarp();
+            if (lane() == 0) barrier_arrive(&shared.empty[slot], GROUP_WARPS);
+            advance(p.owners);
+            hand_over(acc);
+        }
+    }
+
+    // The embedding's contribution to the residual, spread over all blocks; and the residual of the next step is cleared.
+    __device__ __forceinline__ void embed(uint64_t* residual, uint64_t* next) const {
+        const uint32_t thread = blockIdx.x * CONSUMERS * 32 + threadIdx.x, threads = gridDim.x * CONSUMERS * 32;
+        for (uint32_t i = thread; i < TOKENS * p.hidden; i += threads) next[i] = 0;
+        for (uint32_t i = thread; i < tokens * p.hidden / 2; i += threads) {
+            const uint32_t m = i / (p.hidden / 2), pair = i % (p.hidden / 2);
+            const uint32_t id = load_relaxed(&p.step->token[m].id);
+            const float2 v = table_pair(p.embedding, id < p.vocab ? id : 0, pair, p.hidden);
+            add_relaxed(residual + (size_t)m * p.hidden + 2 * pair, contribution(v.x));
+            add_relaxed(residual + (size_t)m * p.hidden + 2 * pair + 1, contribution(v.y));
+        }
+    }
+
+    __device__ void run(uint64_t* residual, uint64_t* next) {
+        slot = warp() / GROUP_WARPS;
+        embed(residual, next);
+#pragma unroll 1
+        for (uint32_t l = 0; l < p.layers; l++) {
+            norm(residual, p.layer[l].norm_weight, p.layer[l].norm_bias, l);
+            if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
+#pragma unroll 1
+            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
+            const uint16_t* wide = p.wide + l % 2 * p.wide_half;
+            for_each_down_dense(p, [&](uint32_t slice) { load(wide, slice, l); }, [&](uint32_t, uint32_t) { strip(); });
+        }
+        norm(residual, p.final_weight, p.final_bias, p.layers);
+        if (warp() < p.owners) head();
+    }
+};
+
+// ---------------------------------------------------------------- storer
+
+// Adds the consumers' sums in warp order and sends them where they belong. Lane (m, q) has rows 2q, 2q + 1, 2q + 8, 2q + 9 of token m.
+template <bool ZEROS>
+struct Storer {
+    using S = Shared<ZEROS>;
+    const Args& p;
+    S& shared;
+    uint32_t tokens, sums = 0;
+    bool broken = false;  // a sum was not a number or beyond the residual's range
+
+    static __device__ __forceinline__ uint32_t m() { return threadIdx.x % 32 / 4; }
+    static __device__ __forceinline__ uint32_t q() { return threadIdx.x % 4; }
+
+    __device__ __forceinline__ float4 take() {
+        const uint32_t at = sums % SUM_SLOTS;
+        barrier_wait(&shared.sums_full[at], sums / SUM_SLOTS % 2);
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        const float* from = shared.sums[at][0] + 2 * q() * TOKENS + m();
+        if (m() < tokens) {
+#pragma unroll 4
+            for (uint32_t w = 0; w < p.owners; w++, from += SUM_FLOATS) {
+                sum.x += from[0], sum.y += from[TOKENS];
+                sum.z += from[8 * TOKENS], sum.w += from[9 * TOKENS];
+            }
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.sums_empty[at]);
+        sums++;
+        return sum;
+    }
+    // Rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest as `Consumer::load` wants them.
+    __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t low, uint32_t high) const {
+        const uint32_t row = tile * UNIT_ROWS;
+        if (m() >= tokens) return;
+        if (row < p.qkv_size) {
+            uint16_t* to = p.qkv + layer % 2 * p.qkv_half + m() * p.qkv_size + row + 2 * q();
+            store_relaxed(to, low);
+            store_relaxed(to + 8, high);
+        } else {
+            const uint32_t r = row - p.qkv_size;
+            store_relaxed(p.wide + layer % 2 * p.wide_half + m() * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + q() * 16 + r % UNIT_INPUTS / 4, low, high);
+        }
+    }
+    // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
+    // of it are in the residual that the layer under way began with. The fence: whoever sees what this block writes from here on
+    // sees the marks too.
+    __device__ __forceinline__ void clear(uint32_t layer) const {
+        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
+            store(layer, t, NOT_READY, NOT_READY);
+            if (t < p.wide_tiles && m() < tokens)
+                store_relaxed(p.wide + layer % 2 * p.wide_half + m() * p.wide_size + p.ffn + t * UNIT_ROWS + q() * 4, NOT_READY, NOT_READY);
+        }
+        __threadfence();
+    }
+    static __device__ __forceinline__ uint32_t pair(float a, float b) {
+        const __half2 h = __floats2half2_rn(a, b);
+        return *reinterpret_cast<const uint32_t*>(&h);
+    }
+    __device__ __forceinline__ void qkv_up(uint32_t layer) {
+        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
+            float4 sum = take();
+            if (t == blockIdx.x && layer > 0) clear(layer - 1);
+            if (t * UNIT_ROWS >= p.qkv_size) sum = make_float4(gelu(sum.x), gelu(sum.y), gelu(sum.z), gelu(sum.w));
+            store(layer, t, pair(sum.x, sum.y), pair(sum.z, sum.w));
+        }
+    }
+    __device__ __forceinline__ void down_dense(uint64_t* residual) {
+        for_each_down_dense(
+            p, [](uint32_t) {},
+            [&](uint32_t tile, uint32_t) {
+                const float4 sum = take();
+                if (m() >= tokens) return;
+                broken |= !(fabsf(sum.x) < X_LIMIT && fabsf(sum.y) < X_LIMIT && fabsf(sum.z) < X_LIMIT && fabsf(sum.w) < X_LIMIT);
+                uint64_t* to = residual + m() * p.hidden + tile * UNIT_ROWS + 2 * q();
+                add_relaxed(to, contribution(sum.x)), add_relaxed(to + 1, contribution(sum.y));
+                add_relaxed(to + 8, contribution(sum.z)), add_relaxed(to + 9, contribution(sum.w));
+            });
+    }
+    // The norm's weights of the layer to come, into L2: they would be waited for.
+    __device__ __forceinline__ void prefetch(const float* weight, const float* bias) const {
+        const uint32_t lines = (p.hidden * 4 + 127) / 128, i = blockIdx.x + threadIdx.x % 32 * gridDim.x;
+        if (i < 2 * lines) asm volatile("prefetch.global.L2 [%0];" ::"l"((i < lines ? weight : bias) + i % lines * 32));
+    }
+    __device__ void run(uint64_t* residual) {
+#pragma unroll 1
+        for (uint32_t l = 0; l < p.layers; l++) {
+            const bool last = l + 1 == p.layers;
+            prefetch(last ? p.final_weight : p.layer[l + 1].norm_weight, last ? p.final_bias : p.layer[l + 1].norm_bias);
+            qkv_up(l), down_dense(residual);
+        }
+        for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
+            float4 sum = take();
+            if (t == blockIdx.x) clear(p.layers - 1);
+            if (broken) sum.x = __int_as_float(0x7fffffff);  // the sampler will say so
+            if (m() >= tokens) continue;
+            float* to = p.logits + (size_t)m() * p.vocab + t * UNIT_ROWS + 2 * q();
+            *reinterpret_cast<float2*>(to) = make_float2(sum.x, sum.y);
+            *reinterpret_cast<float2*>(to + 8) = make_float2(sum.z, sum.w);
+        }
+    }
+};
+
+// ---------------------------------------------------------------- attention
+
+#ifdef STUB_ATTENTION
+// stub: copies queries to the last slice
+__device__ void attention(const Args& p, uint32_t tokens) {
+    const uint32_t w = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x, lane = threadIdx.x % 32;
+    for (uint32_t l = 0; l < p.layers; l++)
+        for (uint32_t i = w; i < tokens * p.heads; i += gridDim.x * (WARPS - ATTENTION)) {
+            const uint32_t m = i / p.heads, h = i % p.heads;
+            const uint16_t* from = p.qkv + l % 2 * p.qkv_half + m * p.qkv_size + h * 64 + lane * 2;
+            uint32_t v = 0;
+            poll(p, Awaited::QKV, l, [&] { v = load_relaxed((const uint32_t*)from); return v != NOT_READY; });
+            uint16_t* to = p.wide + l % 2 * p.wide_half + m * p.wide_size + p.ffn + h * 64 + lane % 4 * 16 + lane / 8 * 4 + lane / 4 % 2 * 2;
+            store_relaxed(to, v);
+        }
+}
+#endif
+
+template <bool ZEROS>
+__global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_constant__ Args p) {
+    overlap_next();
+    extern __shared__ __align__(128) uint8_t smem[];
+    Shared<ZEROS>& shared = *reinterpret_cast<Shared<ZEROS>*>(smem);
+    const uint32_t warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+        for (uint32_t s = 0; s < Shared<ZEROS>::STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], GROUP_WARPS);
+        for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
+        barrier_init_done();
+    }
+    __syncthreads();
+    if (warp == PRODUCER) {
+        if (threadIdx.x % 32 == 0) {
+            Producer<ZEROS> producer{p, shared, Shared<ZEROS>::DEPTH * p.groups};
+            producer.run();
+        }
+        __syncwarp();
+    } else {
+        wait_previous();
+        const uint32_t tokens = min(load_relaxed(&p.step->tokens), TOKENS), half = load_relaxed(p.epoch) & 1;
+        uint64_t *residual = p.x + half * TOKENS * p.hidden, *next = p.x + (half ^ 1) * TOKENS * p.hidden;
+        if (tokens == 0) {
+        } else if (warp < CONSUMERS) {
+            Consumer<ZEROS> consumer{p, shared, tokens};
+            consumer.run(residual, next);
+        } else if (warp == STORER) {
+            Storer<ZEROS> storer{p, shared, tokens};
+            storer.run(residual);
+        } else {
+            attention(p, tokens);
+        }
+    }
+    __syncthreads();
+    // The last block to finish turns the residual's halves round for the next step.
+    if (threadIdx.x == 0 && load_relaxed(&p.step->tokens) != 0 && atomicAdd(&p.epoch[1], 1) == gridDim.x - 1) p.epoch[1] = 0, p.epoch[0] ^= 1;
+}
+
+template <bool ZEROS>
+int32_t blocks(uint32_t* count) {
+    int device = 0, multiprocessors = 0, capability = 0, cooperative = 0, resident = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+    *count = 0;
+    if (e != cudaSuccess || capability != 9 || !cooperative) return (int32_t)e;
+    e = cudaFuncSetAttribute(decode_step_kernel<ZEROS>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<ZEROS>));
+    if (e == cudaSuccess)
+        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, decode_step_kernel<ZEROS>, THREADS, sizeof(Shared<ZEROS>));
+    if (e == cudaSuccess && resident >= 1) *count = (uint32_t)multiprocessors;
+    return (int32_t)e;
+}
+
+}  // namespace
+#endif
+
+extern "C" int32_t decode_step_blocks(uint32_t has_zeros, uint32_t* count) { return has_zeros ? blocks<true>(count) : blocks<false>(count); }
+
+extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
+    if (p->hidden == 0 || p->hidden % UNIT_INPUTS || p->hidden / UNIT_INPUTS > CONSUMERS * WARP_UNITS) return PEREGRINE_BAD_SHAPE;
+    if (p->ffn == 0 || p->ffn % p->hidden || p->heads * PEREGRINE_HEAD_DIM != p->hidden) return PEREGRINE_BAD_SHAPE;
+    if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
+    if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
+    const Args args(*p);
+    return p->has_zeros ? launch(decode_step_kernel<true>, dim3(p->blocks), THREADS, sizeof(Shared<true>), l, args)
+                        : launch(decode_step_kernel<false>, dim3(p->blocks), THREADS, sizeof(Shared<false>), l, args);
+}
