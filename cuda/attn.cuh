@@ -1,8 +1,9 @@
-// attn — one tile of multi-query attention, shared by attn_decode and attn_prefill: 16 query rows of a warp against 64 keys.
+// attn — multi-query attention of 16 query rows by one warp, what attn_decode and attn_prefill share.
 //
 // The warp's rows are query heads of one token (decode) or tokens of one head (prefill); K and V are those of the one shared
-// head. Shared memory tile: [64 keys][64] f16, 16-byte chunk c of key t at c ^ (t % 8), so that ldmatrix has no bank conflicts.
-// Online softmax in base 2: scores are multiplied by log2(e) / 8 once, weights are exp2. Rows: lane l holds rows l/4, l/4 + 8.
+// head. Online softmax in base 2: scores are multiplied by log2(e) / 8 once, weights are exp2. Lane l holds rows l/4, l/4 + 8.
+// Prefill brings keys through shared memory: tile [64 keys][64] f16, 16-byte chunk c of key t at c ^ (t % 8), so that ldmatrix has
+// no bank conflicts.
 #pragma once
 #include "units.cuh"
 
@@ -13,7 +14,7 @@ constexpr float SCORE_SCALE = 1.44269504088896341f / 8.f;  // log2(e) / sqrt(64)
 
 // Sum of weighted values, weights and largest scaled score of two rows.
 struct AttnState {
-    float out[8][4];       // 16 rows x 64, in the accumulator layout of eight n8 tiles
+    float out[8][4];       // 16 rows x 64: accumulators of eight n8 tiles
     float sum[2], top[2];  // rows l/4, l/4 + 8; `sum` is this lane's share until reduce_sums
 };
 
@@ -63,8 +64,46 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
     return *reinterpret_cast<uint32_t*>(&h);
 }
 
-// Adds 64 keys to the state. Row r of this lane sees keys up to and including last[r] (absolute index); key0 is the tile's first.
-// The first tile of a row must hold a key it sees.
+// Turns the scores of N n8 tiles of keys into weights and scales the state to their maximum. Row r of this lane sees keys up to and
+// including last[r] (absolute index); key0 is the first tile's first. The first keys of a row must hold one it sees.
+template <int N>
+__device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint32_t key0, const uint32_t last[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float top = state.top[r];
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                const uint32_t key = key0 + j * 8 + threadIdx.x % 4 * 2 + c;
+                float& x = score[j][r * 2 + c];
+                x = key <= last[r] ? x * SCORE_SCALE : -INFINITY;
+                top = fmaxf(top, x);
+            }
+        top = row_max(top);
+        const float shrink = exp2f(state.top[r] - top);
+        state.top[r] = top;
+        state.sum[r] *= shrink;
+#pragma unroll
+        for (int j = 0; j < 8; j++) state.out[j][r * 2] *= shrink, state.out[j][r * 2 + 1] *= shrink;
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float& x = score[j][r * 2 + c];
+                x = exp2f(x - top);
+                state.sum[r] += x;
+            }
+    }
+}
+
+// The A registers of k16 step t of the weights: an accumulator of two n8 tiles is the A layout of one k16 step.
+__device__ __forceinline__ void weights_of(uint32_t a[4], const float score[][4], int t) {
+    a[0] = pack(score[2 * t][0], score[2 * t][1]), a[1] = pack(score[2 * t][2], score[2 * t][3]);
+    a[2] = pack(score[2 * t + 1][0], score[2 * t + 1][1]), a[3] = pack(score[2 * t + 1][2], score[2 * t + 1][3]);
+}
+
+// Adds 64 keys to the state; key0 and last as in `soften`.
 __device__ __forceinline__ void attend(AttnState& state, const uint32_t q[4][4], const uint8_t* k_tile, const uint8_t* v_tile,
                                        uint32_t key0, const uint32_t last[2]) {
     const uint32_t lane = threadIdx.x % 32;
@@ -81,38 +120,11 @@ __device__ __forceinline__ void attend(AttnState& state, const uint32_t q[4][4],
 #pragma unroll
         for (int s = 0; s < 4; s++) mma(score[j], q[s], b[2 * s], b[2 * s + 1]);
     }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float top = state.top[r];
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                const uint32_t key = key0 + j * 8 + lane % 4 * 2 + c;
-                float& x = score[j][r * 2 + c];
-                x = key <= last[r] ? x * SCORE_SCALE : -INFINITY;
-                top = fmaxf(top, x);
-            }
-        top = row_max(top);
-        const float shrink = exp2f(state.top[r] - top);
-        state.top[r] = top;
-        state.sum[r] *= shrink;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            state.out[j][r * 2] *= shrink, state.out[j][r * 2 + 1] *= shrink;
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-                float& x = score[j][r * 2 + c];
-                x = exp2f(x - top);
-                state.sum[r] += x;
-            }
-        }
-    }
-    // Weights become the A operand: an accumulator of two n8 tiles is the A layout of one k16 step.
+    soften<8>(state, score, key0, last);
 #pragma unroll
     for (int t = 0; t < 4; t++) {
-        const uint32_t a[4] = {pack(score[2 * t][0], score[2 * t][1]), pack(score[2 * t][2], score[2 * t][3]),
-                               pack(score[2 * t + 1][0], score[2 * t + 1][1]), pack(score[2 * t + 1][2], score[2 * t + 1][3])};
+        uint32_t a[4];
+        weights_of(a, score, t);
         const uint32_t key = t * 16 + lane % 16;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
