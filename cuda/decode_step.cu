@@ -1,7 +1,5 @@
 // decode_step — one token of up to 8 sequences (or up to 8 tokens of one), from id to logits, in one launch.
-#ifndef STUB_ATTENTION
 #include "attn_decode.cuh"
-#endif
 #include "bulk.cuh"
 #include "launch.cuh"
 #include "strip.cuh"
@@ -75,6 +73,13 @@ __device__ __forceinline__ bool ready(uint4 v) {
     return v.x != NOT_READY && v.y != NOT_READY && v.z != NOT_READY && v.w != NOT_READY;
 }
 
+// Constants, loaded at this place: the compiler would move them out of a loop, and spill them.
+__device__ __forceinline__ float2 load_here(const float* p) {
+    float2 v;
+    asm volatile("ld.global.nc.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+
 // A contribution to the residual: the value in steps of 2^-24 above the count 1.
 __device__ __forceinline__ uint64_t contribution(float v) { return ((uint64_t)__float2ll_rn(v * X_ONE) << 8) + 1; }
 __device__ __forceinline__ float residual_value(uint64_t v) { return __ll2float_rn((int64_t)v >> 8) * (1.f / X_ONE); }
@@ -91,11 +96,16 @@ enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
     __builtin_unreachable();
 }
 
-// Calls `load` until all lanes say that what they loaded is complete.
-template <typename Load>
-__device__ __forceinline__ void poll(const DecodeStepParams& p, Awaited what, uint32_t layer, Load load) {
-    for (uint32_t tries = 0; !__all_sync(~0u, load()); tries++)
-        if (tries == p.patience) give_up(p, what, layer);
+// Calls `load` until all lanes say that what they loaded is complete; between tries `glance` looks at a few words of it, since polling
+// for all would be traffic in the way of those who write it.
+template <typename Glance, typename Load>
+__device__ __forceinline__ void poll(const DecodeStepParams& p, Awaited what, uint32_t layer, Glance glance, Load load) {
+    uint32_t tries = 0;
+    while (!__all_sync(~0u, load())) {
+        do {
+            if (tries++ == p.patience) give_up(p, what, layer);
+        } while (!__all_sync(~0u, glance()));
+    }
 }
 
 // ---------------------------------------------------------------- who does what
@@ -108,6 +118,8 @@ struct Args : DecodeStepParams {
     uint32_t qkv_tiles, wide_tiles;    // row tiles of [qkv ; up]; of [down | dense]
     uint32_t slices, head_tiles;
     uint32_t qkv_half, wide_half;      // values of one half of `qkv` and `wide`
+    float hidden_share;                // 1 / hidden
+    float last_inputs, last_share;     // inputs of the last owner's units, and 1 / them
     explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
         units = hidden / UNIT_INPUTS;
         owners = (units + WARP_UNITS - 1) / WARP_UNITS, groups = (units + GROUP_UNITS - 1) / GROUP_UNITS;
@@ -115,8 +127,15 @@ struct Args : DecodeStepParams {
         qkv_tiles = (qkv_size + ffn) / UNIT_ROWS, wide_tiles = hidden / UNIT_ROWS;
         slices = ffn / hidden + 1, head_tiles = vocab / UNIT_ROWS;
         qkv_half = TOKENS * qkv_size, wide_half = TOKENS * wide_size;
+        hidden_share = 1.f / hidden;
+        last_inputs = (units - (owners - 1) * WARP_UNITS) * UNIT_INPUTS, last_share = 1.f / last_inputs;
     }
 };
+
+// Warps that read a stage of the ring; the stages of a strip are those of its groups, in order.
+__device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
+    return min(GROUP_WARPS, p.owners - stage % p.groups * GROUP_WARPS);
+}
 
 // The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
 // of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
@@ -128,6 +147,16 @@ __device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { r
 __device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
     return p.wide_tiles >= gridDim.x ? share(block, p.slices * p.wide_tiles) - first_run(p, block) : share(block, p.wide_tiles);
 }
+// With more than one token: whose norm this block computes, or a number beyond them.
+__device__ __forceinline__ uint32_t norm_owner_of() {
+    const uint32_t apart = max(gridDim.x / TOKENS, 1u);
+    return blockIdx.x % apart == 0 ? blockIdx.x / apart : TOKENS;
+}
+// Where it is published: layers take turns, the last norm has a place of its own.
+__device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
+    return p.normed + (layer == p.layers ? 2 : layer % 2) * TOKENS * p.hidden;
+}
+
 // Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
 template <typename Begin, typename Strip>
 __device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
@@ -216,7 +245,7 @@ struct Consumer {
     const Args& p;
     S& shared;
     uint32_t tokens, slot, phase = 0, sums = 0;
-    StripInputs<WARP_UNITS, 1> x;
+    StripInputs<WARP_UNITS, 1, ZEROS> x;
 
     static __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
     static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
@@ -245,46 +274,47 @@ struct Consumer {
     __device__ __forceinline__ void strip() {
         barrier_wait(&shared.full[slot], phase);
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        multiply_units<WARP_UNITS, 1, ZEROS>(acc, shared.ring[slot] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES, units(), x, lane());
+        const uint8_t* units = shared.ring[slot] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES;
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) multiply_unit(acc, units + i * S::BYTES, x, i, lane());
+        scale_rows(acc);
         __syncwarp();
         if (lane() == 0) barrier_arrive(&shared.empty[slot]);
         advance(p.groups);
         hand_over(acc);
     }
 
-    // Norm of one token's residual, of which this warp has the inputs of its own units; leaves them in x.
-    __device__ __forceinline__ void norm_token(uint32_t m, const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+    // Norm of one token's residual, of which this warp has the inputs of its own units: leaves them in shared.inputs, in the order that
+    // `load` describes.
+    __device__ __forceinline__ void norm_token(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
         const uint32_t lane = this->lane(), units = this->units(), count = 1 + layer * p.slices;
-        const uint64_t* mine = residual + (size_t)m * p.hidden + first() * UNIT_INPUTS;
-        // A word of each unit first: polling for all of them would be traffic in the way of those who write them.
-        poll(p, Awaited::RESIDUAL, layer, [&] {
-            return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count;
-        });
-        float v[2 * WARP_UNITS];
-        poll(p, Awaited::RESIDUAL, layer, [&] {
+        const uint64_t* mine = residual + first() * UNIT_INPUTS;
+        ulonglong2 r[WARP_UNITS];
+        const auto load = [&] {
             bool complete = true;
-            ulonglong2 r[WARP_UNITS];
-#pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++)
-                if (i < units) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
-                const bool present = i < units;
-                complete &= !present || ((r[i].x & 255) == count && (r[i].y & 255) == count);
-                v[2 * i] = present ? residual_value(r[i].x) : 0.f;
-                v[2 * i + 1] = present ? residual_value(r[i].y) : 0.f;
+                r[i] = make_ulonglong2(count, count);
+                if (i < units) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
             }
+#pragma unroll
+            for (int i = 0; i < WARP_UNITS; i++) complete &= ((uint32_t)r[i].x & 255) == count && ((uint32_t)r[i].y & 255) == count;
             return complete;
-        });
+        };
+        const auto glance = [&] { return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count; };
+        poll(p, Awaited::RESIDUAL, layer, glance, load);
         float2 w[WARP_UNITS], b[WARP_UNITS];  // asked for here: the sums below hide their latency
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) {
             const uint32_t e = (first() + i) * UNIT_INPUTS + 2 * lane;
-            w[i] = i < units ? __ldg(reinterpret_cast<const float2*>(weight + e)) : make_float2(0.f, 0.f);
-            b[i] = i < units ? __ldg(reinterpret_cast<const float2*>(bias + e)) : make_float2(0.f, 0.f);
+            w[i] = b[i] = make_float2(0.f, 0.f);
+            if (i < units) w[i] = load_here(weight + e), b[i] = load_here(bias + e);
         }
-        const float2 moments = all_moments(m, v);
-        // Inputs 2 l, 2 l + 1 of a unit to where lane q of token m finds its eight words together.
+        float v[2 * WARP_UNITS];
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
+        const float2 moments = all_moments(layer, v);
+        // Inputs 2 l, 2 l + 1 of a unit to where lane q finds its eight words together.
         uint32_t* to = shared.inputs[warp()] + lane % 4 * 8 + lane / 8 * 2 + lane / 4 % 2;
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) {
@@ -293,65 +323,71 @@ struct Consumer {
             to[i * 32] = *reinterpret_cast<const uint32_t*>(&h);
         }
         __syncwarp();
-        if (lane / 4 == m)
-#pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++) {
-                const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane % 4 * 8);
-                *reinterpret_cast<uint4*>(x.b[i]) = from[0];
-                *reinterpret_cast<uint4*>(x.b[i] + 4) = from[1];
-            }
-        __syncwarp();
     }
 
     // Mean and 1 / standard deviation of a token whose inputs the consumers hold. Each warp's squares are about the warp's own mean;
     // they are joined as Chan et al. (1979) do it, in warp order.
-    __device__ __forceinline__ float2 all_moments(uint32_t m, const float v[2 * WARP_UNITS]) {
-        const uint32_t units = this->units();
+    __device__ __forceinline__ float2 all_moments(uint32_t layer, const float v[2 * WARP_UNITS]) {
+        constexpr float FULL = WARP_UNITS * UNIT_INPUTS;
+        const bool last = warp() + 1 == p.owners;
         float sum = 0.f, squares = 0.f;
 #pragma unroll
         for (int i = 0; i < 2 * WARP_UNITS; i++) sum += v[i];
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        const float own_mean = sum / (units * UNIT_INPUTS);
+        const float own_mean = sum * (last ? p.last_share : 1.f / FULL);  // 0 in a warp without units
 #pragma unroll
         for (int i = 0; i < 2 * WARP_UNITS; i++)
-            if (i / 2 < units) squares += (v[i] - own_mean) * (v[i] - own_mean);
+            if (i / 2 < units()) squares += (v[i] - own_mean) * (v[i] - own_mean);
 #pragma unroll
         for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
-        float2* parts = shared.moments[m % 2];
-        if (lane() == 0) parts[warp()] = make_float2(sum, squares);
+        float2* parts = shared.moments[layer % 2];  // the other half may still be read
+        if (lane() == 0) parts[warp()] = make_float2(own_mean, squares);
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
-        float all = 0.f, all_squares = 0.f;
+        float mean = 0.f, all_squares = 0.f;
+        const auto inputs = [&](uint32_t w) { return w + 1 < p.owners ? FULL : w + 1 == p.owners ? p.last_inputs : 0.f; };
 #pragma unroll
-        for (int w = 0; w < CONSUMERS; w++) all += parts[w].x;
-        const float mean = all / p.hidden;
-        for (uint32_t w = 0; w < p.owners; w++) {
-            const float n = (min((w + 1) * WARP_UNITS, p.units) - w * WARP_UNITS) * UNIT_INPUTS, apart = parts[w].x / n - mean;
-            all_squares += parts[w].y + n * apart * apart;
-        }
-        return make_float2(mean, 1.f / sqrtf(all_squares / p.hidden + p.epsilon));
+        for (int w = 0; w < CONSUMERS; w++) mean += inputs(w) * parts[w].x;
+        mean *= p.hidden_share;
+#pragma unroll
+        for (int w = 0; w < CONSUMERS; w++) all_squares += parts[w].y + inputs(w) * (parts[w].x - mean) * (parts[w].x - mean);
+        return make_float2(mean, rsqrtf(all_squares * p.hidden_share + p.epsilon));
     }
 
-    // x = norm of the residual after `layer` layers, once it is complete.
+    // x = norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself. More: the
+    // blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
     __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+        uint16_t* normed = normed_of(p, layer);
+        if (tokens == 1) {
+            norm_token(residual, weight, bias, layer);
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++)
-#pragma unroll
-            for (int j = 0; j < 2 * STEPS; j++) x.b[i][j] = 0;
-#pragma unroll 1
-        for (uint32_t m = 0; m < tokens; m++) norm_token(m, residual, weight, bias, layer);
-        x.add_up();
+            for (int i = 0; i < WARP_UNITS; i++) {
+                const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane() % 4 * 8);
+                const bool present = lane() < 4;
+                *reinterpret_cast<uint4*>(x.b[i]) = present ? from[0] : make_uint4(0, 0, 0, 0);
+                *reinterpret_cast<uint4*>(x.b[i] + 4) = present ? from[1] : make_uint4(0, 0, 0, 0);
+            }
+            __syncwarp();
+            x.add_up();
+            return;
+        }
+        const uint32_t m = norm_owner_of();
+        if (m < tokens) {
+            norm_token(residual + (size_t)m * p.hidden, weight, bias, layer);
+            for (uint32_t i = lane(); i < units() * 32; i += 32)
+                store_relaxed(normed + m * p.hidden + first() * UNIT_INPUTS + 2 * i, shared.inputs[warp()][i]);
+            __syncwarp();
+        }
+        load(normed, p.hidden, layer);
     }
 
-    // x = one slice of the wide activations, in the order of the operands: input 16 s + 8 h + 2 q + e of a unit at 16 q + 4 s + 2 h + e.
-    __device__ __forceinline__ void load(const uint16_t* wide, uint32_t slice, uint32_t layer) {
+    // x = this warp's inputs of `stride` f16 a token, in the order of the operands: input 16 s + 8 h + 2 q + e of a unit at
+    // 16 q + 4 s + 2 h + e.
+    __device__ __forceinline__ void load(const uint16_t* activations, uint32_t stride, uint32_t layer) {
         const uint32_t m = lane() / 4, units = this->units();
         const bool present = m < tokens;
-        const uint16_t* from = wide + (size_t)(present ? m : 0) * p.wide_size + slice * p.hidden + first() * UNIT_INPUTS + lane() % 4 * 16;
-        poll(p, Awaited::WIDE, layer, [&] {
-            return !present || units == 0 || load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY;
-        });
-        poll(p, Awaited::WIDE, layer, [&] {
+        const uint16_t* from = activations + (present ? m : 0) * stride + first() * UNIT_INPUTS + lane() % 4 * 16;
+        const auto load = [&] {
             bool complete = true;
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++)
@@ -366,7 +402,11 @@ struct Consumer {
 #pragma unroll
                 for (int j = 0; j < 2 * STEPS; j++) complete &= x.b[i][j] != NOT_READY;
             return complete;
-        });
+        };
+        const auto glance = [&] {
+            return !present || units == 0 || load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY;
+        };
+        poll(p, Awaited::WIDE, layer, glance, load);
         x.add_up();
     }
 
@@ -394,7 +434,7 @@ struct Consumer {
                 for (int j = 0; j < 4; j++) acc[j] += c[j];
             }
             __syncwarp();
-            if (lane() == 0) barrier_arrive(&shared.empty[slot], GROUP_WARPS);
+            if (lane() == 0) barrier_arrive(&shared.empty[slot], readers(p, slot));
             advance(p.owners);
             hand_over(acc);
         }
@@ -417,15 +457,16 @@ struct Consumer {
         slot = warp() / GROUP_WARPS;
         embed(residual, next);
 #pragma unroll 1
-        for (uint32_t l = 0; l < p.layers; l++) {
-            norm(residual, p.layer[l].norm_weight, p.layer[l].norm_bias, l);
+        for (uint32_t l = 0;; l++) {
+            const bool last = l == p.layers;
+            norm(residual, last ? p.final_weight : p.layer[l].norm_weight, last ? p.final_bias : p.layer[l].norm_bias, l);
+            if (last) break;
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
 #pragma unroll 1
             for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
             const uint16_t* wide = p.wide + l % 2 * p.wide_half;
-            for_each_down_dense(p, [&](uint32_t slice) { load(wide, slice, l); }, [&](uint32_t, uint32_t) { strip(); });
+            for_each_down_dense(p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip(); });
         }
-        norm(residual, p.final_weight, p.final_bias, p.layers);
         if (warp() < p.owners) head();
     }
 };
@@ -483,7 +524,13 @@ struct Storer {
             if (t < p.wide_tiles && m() < tokens)
                 store_relaxed(p.wide + layer % 2 * p.wide_half + m() * p.wide_size + p.ffn + t * UNIT_ROWS + q() * 4, NOT_READY, NOT_READY);
         }
+        clear_normed(layer);
         __threadfence();
+    }
+    __device__ __forceinline__ void clear_normed(uint32_t layer) const {
+        const uint32_t owned = norm_owner_of();
+        if (owned >= TOKENS) return;
+        for (uint32_t i = threadIdx.x % 32; i < p.hidden / 2; i += 32) store_relaxed(normed_of(p, layer) + owned * p.hidden + 2 * i, NOT_READY);
     }
     static __device__ __forceinline__ uint32_t pair(float a, float b) {
         const __half2 h = __floats2half2_rn(a, b);
@@ -492,7 +539,10 @@ struct Storer {
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
             float4 sum = take();
-            if (t == blockIdx.x && layer > 0) clear(layer - 1);
+            if (t == blockIdx.x) {
+                if (layer > 0) clear(layer - 1);
+                else clear_normed(p.layers);  // of the step before
+            }
             if (t * UNIT_ROWS >= p.qkv_size) sum = make_float4(gelu(sum.x), gelu(sum.y), gelu(sum.z), gelu(sum.w));
             store(layer, t, pair(sum.x, sum.y), pair(sum.z, sum.w));
         }
@@ -535,21 +585,63 @@ struct Storer {
 
 // ---------------------------------------------------------------- attention
 
-#ifdef STUB_ATTENTION
-// stub: copies queries to the last slice
-__device__ void attention(const Args& p, uint32_t tokens) {
-    const uint32_t w = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x, lane = threadIdx.x % 32;
-    for (uint32_t l = 0; l < p.layers; l++)
-        for (uint32_t i = w; i < tokens * p.heads; i += gridDim.x * (WARPS - ATTENTION)) {
-            const uint32_t m = i / p.heads, h = i % p.heads;
-            const uint16_t* from = p.qkv + l % 2 * p.qkv_half + m * p.qkv_size + h * 64 + lane * 2;
-            uint32_t v = 0;
-            poll(p, Awaited::QKV, l, [&] { v = load_relaxed((const uint32_t*)from); return v != NOT_READY; });
-            uint16_t* to = p.wide + l % 2 * p.wide_half + m * p.wide_size + p.ffn + h * 64 + lane % 4 * 16 + lane / 8 * 4 + lane / 4 % 2 * 2;
-            store_relaxed(to, v);
-        }
+// Waits until the queries of an item, and the keys and values of its slot's tokens in this step, are there.
+__device__ __forceinline__ void await_qkv(const Args& p, uint32_t layer, const AttnItem& item, const AttnToken& token) {
+    const uint32_t lane = threadIdx.x % 32;
+    const uint16_t* qkv = p.qkv + layer % 2 * p.qkv_half;
+    const auto await = [&](uint32_t m, uint32_t head, uint32_t heads) {  // heads of 8 reads
+        const uint16_t* from = qkv + m * p.qkv_size + head * PEREGRINE_HEAD_DIM;
+        poll(p, Awaited::QKV, layer, [] { return true; }, [&] {
+            bool complete = true;
+            for (uint32_t i = lane; i < heads * 8; i += 32) complete &= ready(load_relaxed(reinterpret_cast<const uint4*>(from) + i));
+            return complete;
+        });
+    };
+    await(item.token, item.head_tile * ATTN_ROWS, min(ATTN_ROWS, p.heads - item.head_tile * ATTN_ROWS));
+    for (uint32_t m = token.first; m <= item.token; m++) await(m, p.heads, 2);
 }
-#endif
+
+// Items are dealt out over the attention warps of all blocks; the same ones in every layer.
+__device__ __noinline__ void attention(const Args& p, uint32_t tokens) {
+    const uint32_t warp = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x, warps = (WARPS - ATTENTION) * gridDim.x;
+    const uint32_t tiles = attn_head_tiles(p.heads);
+#pragma unroll 1
+    for (uint32_t l = 0; l < p.layers; l++) {
+        const AttnDecodeParams a = {p.qkv + l % 2 * p.qkv_half, p.layer[l].k_cache, p.layer[l].v_cache, p.table, p.step->token, nullptr,
+                                    p.attn_partials, p.attn_arrivals, tokens, p.heads, 0, p.slots, p.max_context};
+        const auto fetch = [](const uint16_t* at) { return load_relaxed(reinterpret_cast<const uint4*>(at)); };
+        // Sixteen dims of a head, which is one unit: words as Consumer::load wants them.
+        const auto store = [&](uint32_t m, uint32_t head, uint32_t q, const uint32_t words[8]) {
+            uint16_t* to = p.wide + l % 2 * p.wide_half + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q * 4;
+#pragma unroll
+            for (int i = 0; i < 4; i++) store_relaxed(to + i * 16, words[i], words[i + 4]);
+        };
+        uint32_t before = 0;
+#pragma unroll 1
+        for (uint32_t m = 0; m < tokens; m++) {
+            const AttnToken token = attn_token(a, m, a.token[m]);
+            const uint32_t items = tiles * attn_chunks(token.position);
+#pragma unroll 1
+            for (uint32_t i = (warp + warps - before % warps) % warps; i < items; i += warps) {
+                const AttnItem item = {m, i % tiles, i / tiles};
+                await_qkv(p, l, item, token);
+                attn_decode_item(a, item, token, fetch, store);
+            }
+            before += items;
+        }
+    }
+}
+
+// A warp multiplies WARP_UNITS units of every strip, without a branch; those the strip does not have are zeros that no copy touches.
+// (The head's stages reach over them, after the last strip of the layers.)
+template <bool ZEROS>
+__device__ __forceinline__ void pad(const Args& p, Shared<ZEROS>& shared) {
+    constexpr uint32_t BYTES = Shared<ZEROS>::BYTES;
+    const uint32_t units = p.units - (p.groups - 1) * GROUP_UNITS, missing = (WARP_UNITS - units % WARP_UNITS) % WARP_UNITS;
+    for (uint32_t s = p.groups - 1; s < Shared<ZEROS>::DEPTH * p.groups; s += p.groups)
+        for (uint32_t i = threadIdx.x; i < missing * BYTES / 16; i += THREADS)
+            reinterpret_cast<uint4*>(shared.ring[s] + units * BYTES)[i] = make_uint4(0, 0, 0, 0);
+}
 
 template <bool ZEROS>
 __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_constant__ Args p) {
@@ -558,10 +650,12 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
     Shared<ZEROS>& shared = *reinterpret_cast<Shared<ZEROS>*>(smem);
     const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
-        for (uint32_t s = 0; s < Shared<ZEROS>::STAGES; s++) barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], GROUP_WARPS);
+        for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH * p.groups; s++)
+            barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], readers(p, s));
         for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
+    pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {
         if (threadIdx.x % 32 == 0) {

@@ -38,8 +38,8 @@ constexpr int SLOTS = BYTES <= 544 ? 4 : BYTES <= 576 ? 3 : 1;
 __device__ __forceinline__ uint32_t first_unit(uint32_t warp, uint32_t count) { return warp * count / WARPS; }
 
 // The inputs of this warp's `units` units, from unit0 on.
-template <int SCALES>
-__device__ __forceinline__ void load_inputs(StripInputs<WARP_UNITS, SCALES>& x, const GptqMatmulParams& p, uint32_t unit0, uint32_t units,
+template <int SCALES, bool ZEROS>
+__device__ __forceinline__ void load_inputs(StripInputs<WARP_UNITS, SCALES, ZEROS>& x, const GptqMatmulParams& p, uint32_t unit0, uint32_t units,
                                             uint32_t lane) {
     const uint32_t token = lane / 4, q = lane % 4;
     const uint16_t* from = p.x + (size_t)token * p.x_stride + (size_t)unit0 * UNIT_INPUTS + 2 * q;
@@ -71,6 +71,7 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
     overlap_next();
     constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
     constexpr int STAGE_BYTES = WARP_UNITS * BYTES;
+    constexpr int LAST = WARP_UNITS - 1;  // a warp of a full slice owns LAST or WARP_UNITS units
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
     const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
     for (int i = 0; i < STAGES - 1; i++) request();
 
     wait_previous();
-    StripInputs<WARP_UNITS, SCALES> x;
+    StripInputs<WARP_UNITS, SCALES, ZEROS> x;
     load_inputs(x, p, unit0, units, lane);
 
     uint32_t stage = 0, slot = 0;
@@ -110,7 +111,17 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
         request();
         const uint8_t* strip = ring + stage * STAGE_BYTES;
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        multiply_units<WARP_UNITS, SCALES, ZEROS>(acc, strip, units, x, lane);
+        if (units >= LAST) {
+            // No branch between the units, so that they overlap.
+#pragma unroll
+            for (int i = 0; i < LAST; i++) multiply_unit(acc, strip + i * BYTES, x, i, lane);
+            if (units > LAST) multiply_unit(acc, strip + LAST * BYTES, x, LAST, lane);
+        } else {
+#pragma unroll
+            for (int i = 0; i < LAST; i++)
+                if (i < units) multiply_unit(acc, strip + i * BYTES, x, i, lane);
+        }
+        scale_rows(acc);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
 
         float* sums = partial + slot * PARTIAL_FLOATS + (warp * UNIT_ROWS + lane / 4) * TOKENS + lane % 4 * 2;

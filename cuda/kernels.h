@@ -215,6 +215,7 @@ typedef struct DecodeStepParams {
     uint64_t* x;                // [2, 8, hidden]: zero before the first call
     uint16_t* qkv;              // [2, 8, (heads + 2) * 64] f16: all bits set before the first call
     uint16_t* wide;             // [2, 8, ffn + hidden] f16: all bits set before the first call
+    uint16_t* normed;           // [3, 8, hidden] f16: all bits set before the first call
     float* attn_partials;       // as in AttnDecodeParams
     uint32_t* attn_arrivals;
     uint32_t* epoch;            // [2]: which half of x is this step's, and blocks that are done; zero before the first call

@@ -4,14 +4,16 @@
 #include "units.cuh"
 
 // The inputs of UNITS units for up to 8 tokens as B operands of mma.m16n8k16: b[i][2 s], b[i][2 s + 1] for k16 step s of unit i. Lane l
-// holds token l / 4. sums[i][h]: of the unit's h-th run of 64 / SCALES inputs, for the tokens 2 (l % 4), + 1 of this lane's accumulators.
-template <int UNITS, int SCALES>
+// holds token l / 4. offset[i][h]: what the zero point 8 (ZEROS: 1) takes from the unit's h-th run of 64 / SCALES inputs, for the tokens
+// 2 (l % 4), + 1 of this lane's accumulators, at the scale of rows g.
+template <int UNITS, int SCALES, bool ZEROS>
 struct StripInputs {
     uint32_t b[UNITS][2 * STEPS];
-    float2 sums[UNITS][SCALES];
+    float2 offset[UNITS][SCALES];
 
     // From b. In a fixed order.
     __device__ __forceinline__ void add_up() {
+        constexpr float ZERO = (ZEROS ? -1.f : -8.f) / CODE_LOW_SCALE;
         const uint32_t q = threadIdx.x % 4;
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
@@ -26,50 +28,37 @@ struct StripInputs {
                 sum += __shfl_xor_sync(~0u, sum, 1);
                 sum += __shfl_xor_sync(~0u, sum, 2);
                 // Token t's sum is in lanes 4 t ..; this lane's accumulators are of tokens 2 q and 2 q + 1.
-                sums[i][h] = make_float2(__shfl_sync(~0u, sum, 8 * q), __shfl_sync(~0u, sum, 8 * q + 4));
+                offset[i][h] = make_float2(ZERO * __shfl_sync(~0u, sum, 8 * q), ZERO * __shfl_sync(~0u, sum, 8 * q + 4));
             }
     }
 };
 
-// acc[16 rows x 8 tokens] += one unit * x.
-template <int SCALES, bool ZEROS>
-__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const uint32_t b[2 * STEPS], const float2 sums[SCALES],
-                                              uint32_t lane) {
+// acc[16 rows x 8 tokens] += one unit * x, with rows g and g + 8 each at their power of two. Two chains of mma for a scale's inputs, not
+// one: a chain is waited for 33 cycles a link, and the compiler puts one unit's behind the other's. The zero points' share is where
+// a chain begins.
+template <int UNITS, int SCALES, bool ZEROS>
+__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const StripInputs<UNITS, SCALES, ZEROS>& x, int i, uint32_t lane) {
     const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int h = 0; h < SCALES; h++) {
-        float c[4] = {0.f, 0.f, 0.f, 0.f};
+        const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
+        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(q));
+        const float2 zero =
+            ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(1.f, 1.f);
+        const float2 low = x.offset[i][h], high = make_float2(low.x * (CODE_LOW_SCALE / CODE_HIGH_SCALE), low.y * (CODE_LOW_SCALE / CODE_HIGH_SCALE));
+        float c[2][4] = {{zero.x * low.x, zero.x * low.y, zero.y * high.x, zero.y * high.y}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
             uint32_t a[4];
             unpack_subnormal(words[s], a);
-            mma(c, a, b[2 * s], b[2 * s + 1]);
+            mma(c[s % 2], a, x.b[i][2 * s], x.b[i][2 * s + 1]);
         }
-        const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
-        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(q));
-        const float2 zero =
-            ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(8.f, 8.f);
-        acc[0] += scale.x * fmaf(c[0], CODE_LOW_SCALE, -zero.x * sums[h].x);
-        acc[1] += scale.x * fmaf(c[1], CODE_LOW_SCALE, -zero.x * sums[h].y);
-        acc[2] += scale.y * fmaf(c[2], CODE_HIGH_SCALE, -zero.y * sums[h].x);
-        acc[3] += scale.y * fmaf(c[3], CODE_HIGH_SCALE, -zero.y * sums[h].y);
+        acc[0] += scale.x * (c[0][0] + c[1][0]), acc[1] += scale.x * (c[0][1] + c[1][1]);
+        acc[2] += scale.y * (c[0][2] + c[1][2]), acc[3] += scale.y * (c[0][3] + c[1][3]);
     }
 }
-
-// acc += the first `units` of UNITS consecutive units * x; no branch between the units of a full warp, so that their chains of mma run
-// side by side.
-template <int UNITS, int SCALES, bool ZEROS>
-__device__ __forceinline__ void multiply_units(float acc[4], const uint8_t* first, uint32_t units, const StripInputs<UNITS, SCALES>& x,
-                                               uint32_t lane) {
-    constexpr int BYTES = unit_bytes<SCALES, ZEROS>(), LAST = UNITS - 1;
-    if (units >= LAST) {
-#pragma unroll
-        for (int i = 0; i < LAST; i++) multiply_unit<SCALES, ZEROS>(acc, first + i * BYTES, x.b[i], x.sums[i], lane);
-        if (units > LAST) multiply_unit<SCALES, ZEROS>(acc, first + LAST * BYTES, x.b[LAST], x.sums[LAST], lane);
-    } else {
-#pragma unroll
-        for (int i = 0; i < LAST; i++)
-            if (i < units) multiply_unit<SCALES, ZEROS>(acc, first + i * BYTES, x.b[i], x.sums[i], lane);
-    }
+// Undoes the powers of two of a strip's sums.
+__device__ __forceinline__ void scale_rows(float acc[4]) {
+    acc[0] *= CODE_LOW_SCALE, acc[1] *= CODE_LOW_SCALE, acc[2] *= CODE_HIGH_SCALE, acc[3] *= CODE_HIGH_SCALE;
 }
