@@ -11,7 +11,11 @@ namespace {
 constexpr int WARPS = 4;
 
 struct Plain {
-    __device__ __forceinline__ uint4 operator()(const uint16_t* at) const { return *reinterpret_cast<const uint4*>(at); }
+    template <int N>
+    __device__ __forceinline__ void operator()(uint4 (&w)[N], const uint16_t* const (&at)[N]) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) w[i] = *reinterpret_cast<const uint4*>(at[i]);
+    }
 };
 
 struct ToRows {
