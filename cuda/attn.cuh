@@ -72,7 +72,8 @@ __device__ __forceinline__ float power2(float x) {
 }
 
 // Turns the scores of N n8 tiles of keys into weights and scales the state to their maximum. Row r of this lane sees keys up to and
-// including last[r] (absolute index); key0 is the first tile's first. The first keys of a row must hold one it sees.
+// including last[r] (absolute index); key0 is the first tile's first. The first keys of a row must hold one it sees. Without MASKED
+// every row sees all: the same bits, for products are not fused into the sums that follow.
 template <int N, bool MASKED>
 __device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint32_t key0, const uint32_t last[2]) {
     float shrink[2];
@@ -85,7 +86,7 @@ __device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint
             for (int c = 0; c < 2; c++) {
                 const uint32_t key = key0 + j * 8 + threadIdx.x % 4 * 2 + c;
                 float& x = score[j][r * 2 + c];
-                x = !MASKED || key <= last[r] ? x * SCORE_SCALE : -INFINITY;
+                x = !MASKED || key <= last[r] ? __fmul_rn(x, SCORE_SCALE) : -INFINITY;
                 top = fmaxf(top, x);
             }
         top = row_max(top);
@@ -96,7 +97,7 @@ __device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint
     if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            state.sum[r] *= shrink[r];
+            state.sum[r] = __fmul_rn(state.sum[r], shrink[r]);
 #pragma unroll
             for (int j = 0; j < 8; j++) state.out[j][r * 2] *= shrink[r], state.out[j][r * 2 + 1] *= shrink[r];
         }

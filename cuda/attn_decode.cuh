@@ -292,12 +292,12 @@ __device__ __forceinline__ void merge(AttnState& state, const AttnQuads& other) 
         const float joint = fmaxf(state.top[r], top[r]);
         const float mine = power2(state.top[r] - joint), theirs = power2(top[r] - joint);
         state.top[r] = joint;
-        state.sum[r] = state.sum[r] * mine + sum[r] * theirs;
+        const auto join = [mine, theirs](float& a, float b) { a = __fmaf_rn(a, mine, __fmul_rn(b, theirs)); };
+        join(state.sum[r], sum[r]);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float4& o = other.quad[j];
-            state.out[j][r * 2] = state.out[j][r * 2] * mine + (r ? o.z : o.x) * theirs;
-            state.out[j][r * 2 + 1] = state.out[j][r * 2 + 1] * mine + (r ? o.w : o.y) * theirs;
+            join(state.out[j][r * 2], r ? o.z : o.x), join(state.out[j][r * 2 + 1], r ? o.w : o.y);
         }
     }
 }

@@ -110,7 +110,7 @@ int32_t table_repack(const TableRepackParams* p, const Launch* l);
 // embed: x[m] = row token[m].id of the table.
 typedef struct EmbedParams {
     const uint16_t* units;  // f16 units [vocab / 16][hidden / 64]
-    const uint32_t* ids;    // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
+    const StepToken* token; // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
     float* x;               // [tokens, hidden]
     uint32_t tokens, hidden, vocab;
 } EmbedParams;
@@ -159,7 +159,7 @@ typedef struct AttnDecodeParams {
     const float* table;       // [max_context, 32, 2]: cos and sin
     const StepToken* token;   // [tokens]
     uint16_t* out;            // [tokens, out_stride] f16: heads * 64 values a token
-    float* partials;          // [tokens, head tiles, chunks of max_context, 32 lanes, 36] f32
+    float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
 } AttnDecodeParams;
