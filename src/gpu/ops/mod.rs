@@ -34,10 +34,8 @@ pub use table::{Table, embed, head, table_repack};
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
-/// Words of the decode state: position, token, step, length of the history.
-pub const STATE_WORDS: usize = 4;
-const STATE_POSITION: usize = 0;
-const STATE_TOKEN: usize = 1;
+/// Words of the decode state: a `Step` with one token, step, length of the history.
+pub const STATE_WORDS: usize = 10;
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)
