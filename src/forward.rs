@@ -9,10 +9,10 @@
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::{DevBuf, Stream};
 use crate::gpu::ops::{
     self, Activations, AttnOutput, GEMV_TOKENS, MatmulKernel, MatmulOutput, PendingSum, StepTokens,
 };
+use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
