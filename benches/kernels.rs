@@ -220,7 +220,16 @@ mod cuda {
             bytes: (slots * (position + each) * 256) as f64,
             flop: (slots * (0..each).map(|t| position + t + 1).sum::<usize>() * HEADS * 64 * 4) as f64,
         };
-        let decode = [(1, 128, 1), (1, 1024, 1), (1, 2047, 1), (1, 128, 8), (1, 1024, 8), (1, 2040, 8)];
+        let decode = [
+            (1, 0, 1),
+            (1, 127, 1),
+            (1, 128, 1),
+            (1, 1024, 1),
+            (1, 2047, 1),
+            (1, 128, 8),
+            (1, 1024, 8),
+            (1, 2040, 8),
+        ];
         for (slots, position, each) in
             decode.into_iter().chain([(8, 128, 1), (8, 1024, 1), (8, 2047, 1), (64, 1024, 1)])
         {

@@ -1,14 +1,12 @@
 // attn_decode — rotary positions, KV append and multi-query attention of a decode step's tokens, split over the context.
 // Reference: src/reference.rs::rope, attention
 // Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
-// Mapping  a warp takes an item of attn_decode.cuh: 16 heads of one token against 128 keys. Block (4 chunks, head tile, token). The
-//          grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+// Mapping  block (chunk, head tile, token) = one warp with one item of attn_decode.cuh: 16 heads of a token against 128 keys. The grid
+//          covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 
 namespace {
-
-constexpr int WARPS = 4;
 
 struct Plain {
     template <int N>
@@ -27,10 +25,10 @@ struct ToRows {
     }
 };
 
-__global__ void __launch_bounds__(WARPS * 32) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
+__global__ void __launch_bounds__(32) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     wait_previous();
-    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x * WARPS + threadIdx.x / 32};
+    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
     const AttnToken token = attn_token(p, item.token, p.token[item.token]);
     if (item.chunk >= attn_chunks(token.position)) return;
     attn_decode_item(p, item, token, Plain(), ToRows{p.out, p.out_stride});
@@ -42,6 +40,6 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid((attn_chunks(p->max_context - 1) + WARPS - 1) / WARPS, attn_head_tiles(p->heads), p->tokens);
-    return launch(attn_decode_kernel, grid, WARPS * 32, 0, l, *p);
+    const dim3 grid(attn_chunks(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
+    return launch(attn_decode_kernel, grid, 32, 0, l, *p);
 }

@@ -197,7 +197,7 @@ __device__ __forceinline__ void attend_cached(AttnState& state, const uint32_t q
     uint32_t a[2][4];
     weights_of(a[0], score, 0), weights_of(a[1], score, 1);
     add_values(state, a[0], v[0]);
-    __threadfence_block();
+    asm volatile("fence.acq_rel.cta;" ::: "memory");  // for the compiler alone, see above
     context.template load_keys<4, true>(k, next);
     add_values(state, a[1], v[1]);
 }
@@ -302,6 +302,13 @@ __device__ __forceinline__ void merge(AttnState& state, const AttnQuads& other) 
     }
 }
 
+// Counts one up and gives what was there; what this warp wrote before is seen by whoever finds it counted.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 // Leaves the item's state for whoever arrives last. True for that one, whose state then is the whole token's.
 __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, uint32_t chunks) {
     const uint32_t lane = threadIdx.x % 32;
@@ -312,23 +319,25 @@ __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodePa
 #pragma unroll
     for (int j = 0; j < 8; j++) mine[j * 32] = make_float4(state.out[j][0], state.out[j][1], state.out[j][2], state.out[j][3]);
     mine[8 * 32] = make_float4(state.sum[0], state.sum[1], state.top[0], state.top[1]);
-    __threadfence();  // the state is visible before the arrival is
+    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
     __syncwarp();
     uint32_t arrived = 0;
-    if (lane == 0) arrived = atomicAdd(p.arrivals + group, 1);
+    if (lane == 0) arrived = arrive(p.arrivals + group);
+    __syncwarp();
     if (__shfl_sync(~0u, arrived, 0) != chunks - 1) return false;
-    __threadfence();  // and the others' states are read after their arrivals
     if (lane == 0) p.arrivals[group] = 0;
     clear(state);
-    AttnQuads now, next;
-    load_quads(now, partials);
+    // Two chunks under way: one's latency is the cost of a merge.
+    AttnQuads even, odd;
+    load_quads(even, partials);
 #pragma unroll 1
-    for (uint32_t c = 1; c < chunks; c++) {
-        load_quads(next, partials + c * chunk_quads);
-        merge(state, now);
-        now = next;
+    for (uint32_t c = 1; c < chunks; c += 2) {
+        load_quads(odd, partials + c * chunk_quads);
+        merge(state, even);
+        load_quads(even, partials + min(c + 1, chunks - 1) * chunk_quads);  // behind the last: any that is there
+        merge(state, odd);
     }
-    merge(state, now);
+    if (chunks % 2) merge(state, even);
     return true;
 }
 

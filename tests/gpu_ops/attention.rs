@@ -7,12 +7,12 @@ use peregrine::reference;
 
 use crate::kit::*;
 
-/// Queries, keys and weights are f16, the output is rounded to f16. Measured: 2.5e-4.
+/// Queries, keys and weights are f16, the output is rounded to f16. Measured: 2.3e-4.
 const ATTENTION_TOLERANCE: f64 = 4e-4;
-/// f16 rounding of the output. Measured: 2.1e-4.
+/// f16 rounding of the output. Measured: 2.1e-4, 2.6e-4 for the 64 values of a single key.
 const ROPE_TOLERANCE: f64 = 3e-4;
-/// Rotation and attention in one, queries and keys rounded to f16 between. Measured: MEASURE.
-const DECODE_TOLERANCE: f64 = 6e-4;
+/// Rotation and attention in one, queries and keys rounded to f16 between. Measured: 2.4e-4.
+const DECODE_TOLERANCE: f64 = 4e-4;
 const CONTEXT: usize = 2048;
 const THETA: f32 = 10000.0;
 
