@@ -21,7 +21,7 @@ extern "C" {
 #define PEREGRINE_UNIT_ROWS 16     // output rows of a unit
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
-#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv, head or attn_decode call: the N of mma.m16n8k16
+#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv or head call: the N of mma.m16n8k16
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 8       // most ids that end a generation
