@@ -66,7 +66,7 @@ mod cuda {
             let (median, low, high) = self.time(per_batch, run);
             let (bandwidth, rate) = (work.bytes / median / 1e6, work.flop / median / 1e6);
             println!(
-                "{name:<34} {median:>9.2} us  ({low:.2} - {high:.2})  {bandwidth:>6.2} TB/s {:>5.1} %  {rate:>7.1} TFLOP/s",
+                "{name:<46} {median:>9.2} us  ({low:.2} - {high:.2})  {bandwidth:>6.2} TB/s {:>5.1} %  {rate:>7.1} TFLOP/s",
                 bandwidth / self.ceiling * 100.0
             );
         }
@@ -195,39 +195,75 @@ mod cuda {
         }
     }
 
+    /// The tokens of a call: `each` slot from `position` on.
+    fn tokens(s: &Stream, slots: usize, position: usize, each: usize) -> DevBuf<u32> {
+        let words = (0..slots).flat_map(|slot| {
+            let mut words = step_token_words(&vec![7; each], position, slot).unwrap();
+            words.chunks_mut(STEP_TOKEN_WORDS).for_each(|token| token[3] = (slot * each) as u32);
+            words
+        });
+        DevBuf::from_host(s, "tokens", &words.collect::<Vec<_>>()).unwrap()
+    }
+
+    fn cache(s: &Stream, slots: usize) -> LayerCache {
+        let values = slots * CONTEXT * 64;
+        LayerCache { k: random_u16(s, values), v: random_u16(s, values), slots, max_context: CONTEXT }
+    }
+
     fn attention(b: &Bench) {
         let s = &b.stream;
-        let mut cache = LayerCache { k: random_u16(s, CONTEXT * 64), v: random_u16(s, CONTEXT * 64) };
         let table = DevBuf::<f32>::zeros(s, "table", CONTEXT * 64).unwrap();
-        let mut scratch = AttnScratch::new(s, HEADS, CONTEXT).unwrap();
+        let mut scratch = AttnScratch::new(s, HEADS, CONTEXT, STEP_TOKENS).unwrap();
         let stride = FFN + HIDDEN;
-        for (m, position) in [(1, 128), (1, 1024), (1, 2047), (8, 2040), (128, 0), (512, 0), (2048, 0)] {
-            let state = DevBuf::from_host(s, "state", &[position as u32, 0, 0, 0]).unwrap();
-            let span = Span { state: &state, tokens: m, max_context: CONTEXT };
+        // Keys and values once a slot; a product with each for every query.
+        let work = |slots: usize, position: usize, each: usize| Work {
+            bytes: (slots * (position + each) * 256) as f64,
+            flop: (slots * (0..each).map(|t| position + t + 1).sum::<usize>() * HEADS * 64 * 4) as f64,
+        };
+        let decode = [
+            (1, 0, 1),
+            (1, 127, 1),
+            (1, 128, 1),
+            (1, 1024, 1),
+            (1, 2047, 1),
+            (1, 128, 8),
+            (1, 1024, 8),
+            (1, 2040, 8),
+        ];
+        for (slots, position, each) in
+            decode.into_iter().chain([(8, 128, 1), (8, 1024, 1), (8, 2047, 1), (64, 1024, 1)])
+        {
+            let (words, m) = (tokens(s, slots, position, each), slots * each);
+            let (mut cache, qkv) = (cache(s, slots), random_u16(s, m * (HEADS + 2) * 64));
+            let mut out = random_u16(s, m * stride);
+            let name = format!("attn_decode slots {slots} tokens {m} position {position}");
+            b.row(&name, work(slots, position, each), 32, |_| {
+                let output = AttnOutput { out: &mut out, first: FFN, stride };
+                ops::attn_decode(
+                    s,
+                    &qkv,
+                    &mut cache,
+                    &table,
+                    StepTokens::list(&words, m),
+                    &mut scratch,
+                    output,
+                )
+                .unwrap();
+            });
+        }
+        let mut cache = cache(s, 1);
+        for m in [128, 512, 2048] {
+            let words = tokens(s, 1, 0, m);
             let mut qkv = random_u16(s, m * (HEADS + 2) * 64);
             let mut out = random_u16(s, m * stride);
-            let pairs = (0..m).map(|t| position + t + 1).sum::<usize>() as f64;
-            let work =
-                || Work { bytes: ((position + m) * 256) as f64, flop: pairs * (HEADS * 64 * 4) as f64 };
-            if m <= GEMV_TOKENS {
-                b.row(&format!("attn_decode m {m} position {position}"), work(), 32, |_| {
-                    let output = AttnOutput { out: &mut out, first: FFN, stride };
-                    ops::attn_decode(s, &qkv, HEADS, &cache, span, &mut scratch, output).unwrap();
-                });
-            } else {
-                b.row(&format!("attn_prefill m {m} position {position}"), work(), 8, |_| {
-                    let output = AttnOutput { out: &mut out, first: FFN, stride };
-                    ops::attn_prefill(s, &qkv, HEADS, &cache, span, output).unwrap();
-                });
-            }
-            b.row(
-                &format!("rope m {m}"),
-                Work { bytes: (m * (HEADS + 2) * 256) as f64, flop: 0.0 },
-                32,
-                |_| {
-                    ops::rope(s, &mut qkv, HEADS, &mut cache, &table, span).unwrap();
-                },
-            );
+            b.row(&format!("attn_prefill tokens {m}"), work(1, 0, m), 8, |_| {
+                let output = AttnOutput { out: &mut out, first: FFN, stride };
+                ops::attn_prefill(s, &qkv, HEADS, &cache, StepTokens::list(&words, m), output).unwrap();
+            });
+            let moved = Work { bytes: (m * (HEADS + 2) * 256) as f64, flop: 0.0 };
+            b.row(&format!("rope tokens {m}"), moved, 32, |_| {
+                ops::rope(s, &mut qkv, HEADS, &mut cache, &table, StepTokens::list(&words, m)).unwrap();
+            });
         }
     }
 
@@ -272,10 +308,10 @@ mod cuda {
                 ops::sample(s, &mut sampler, &logits, VOCAB, &sampling).unwrap();
             });
         }
-        let ids = DevBuf::from_host(s, "ids", &[7u32]).unwrap();
+        let words = tokens(s, 1, 0, 1);
         let mut x = DevBuf::<f32>::zeros(s, "x", HIDDEN).unwrap();
         b.row("embed m 1", Work { bytes: (HIDDEN * 2) as f64, flop: 0.0 }, 32, |_| {
-            ops::embed(s, &table, ops::Ids::List(&ids), 1, &mut x).unwrap();
+            ops::embed(s, &table, StepTokens::list(&words, 1), &mut x).unwrap();
         });
     }
 }

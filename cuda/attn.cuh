@@ -64,10 +64,19 @@ __device__ __forceinline__ uint32_t pack(float a, float b) {
     return *reinterpret_cast<uint32_t*>(&h);
 }
 
+// 2^x; below 2^-126 it is 0, which spares exp2f's care for subnormals.
+__device__ __forceinline__ float power2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Turns the scores of N n8 tiles of keys into weights and scales the state to their maximum. Row r of this lane sees keys up to and
-// including last[r] (absolute index); key0 is the first tile's first. The first keys of a row must hold one it sees.
-template <int N>
+// including last[r] (absolute index); key0 is the first tile's first. The first keys of a row must hold one it sees. Without MASKED
+// every row sees all: the same bits, for products are not fused into the sums that follow.
+template <int N, bool MASKED>
 __device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint32_t key0, const uint32_t last[2]) {
+    float shrink[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float top = state.top[r];
@@ -77,24 +86,32 @@ __device__ __forceinline__ void soften(AttnState& state, float score[N][4], uint
             for (int c = 0; c < 2; c++) {
                 const uint32_t key = key0 + j * 8 + threadIdx.x % 4 * 2 + c;
                 float& x = score[j][r * 2 + c];
-                x = key <= last[r] ? x * SCORE_SCALE : -INFINITY;
+                x = !MASKED || key <= last[r] ? __fmul_rn(x, SCORE_SCALE) : -INFINITY;
                 top = fmaxf(top, x);
             }
         top = row_max(top);
-        const float shrink = exp2f(state.top[r] - top);
+        shrink[r] = power2(state.top[r] - top);
         state.top[r] = top;
-        state.sum[r] *= shrink;
+    }
+    // Mostly the maximum has been seen before: then there is nothing to scale.
+    if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
-        for (int j = 0; j < 8; j++) state.out[j][r * 2] *= shrink, state.out[j][r * 2 + 1] *= shrink;
+        for (int r = 0; r < 2; r++) {
+            state.sum[r] = __fmul_rn(state.sum[r], shrink[r]);
+#pragma unroll
+            for (int j = 0; j < 8; j++) state.out[j][r * 2] *= shrink[r], state.out[j][r * 2 + 1] *= shrink[r];
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++)
 #pragma unroll
         for (int j = 0; j < N; j++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
                 float& x = score[j][r * 2 + c];
-                x = exp2f(x - top);
+                x = power2(x - state.top[r]);
                 state.sum[r] += x;
             }
-    }
 }
 
 // The A registers of k16 step t of the weights: an accumulator of two n8 tiles is the A layout of one k16 step.
@@ -120,7 +137,7 @@ __device__ __forceinline__ void attend(AttnState& state, const uint32_t q[4][4],
 #pragma unroll
         for (int s = 0; s < 4; s++) mma(score[j], q[s], b[2 * s], b[2 * s + 1]);
     }
-    soften<8>(state, score, key0, last);
+    soften<8, true>(state, score, key0, last);
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         uint32_t a[4];

@@ -24,7 +24,10 @@
 // 0, rounds are 32 keys: a token's result depends on its own context only, not on who is in the call with it.
 //
 // An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in
-// chunk order.
+// chunk order. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes items rounds alike.
+//
+// A kernel of 512 threads has 128 registers a thread, and that is what this is cut to: no spills there on sm_90a, with a fetch that
+// polls.
 #pragma once
 #include "attn.cuh"
 #include "rope.cuh"
@@ -42,17 +45,14 @@ struct AttnItem {
 struct AttnToken {
     uint32_t position;
     uint32_t slot;
-    uint32_t first;      // row of qkv of the slot's first token
-    uint32_t first_new;  // its position: keys from here on are in qkv, not in the cache
+    uint32_t first_new;  // position of the slot's first token in this call: keys from here on are in qkv, not in the cache
 };
 
 __device__ __forceinline__ AttnToken attn_token(const AttnDecodeParams& p, uint32_t m, const StepToken& t) {
     AttnToken k;
     k.position = min(t.position, p.max_context - 1);
     k.slot = min(t.slot, p.slots - 1);
-    const uint32_t before = min(m - min(t.first, m), k.position);
-    k.first = m - before;
-    k.first_new = k.position - before;
+    k.first_new = k.position - min(m - min(t.first, m), k.position);
     return k;
 }
 
@@ -60,11 +60,8 @@ __host__ __device__ __forceinline__ uint32_t attn_head_tiles(uint32_t heads) { r
 // Chunks of a token at `position`: its items are head tiles x chunks.
 __host__ __device__ __forceinline__ uint32_t attn_chunks(uint32_t position) { return position / PEREGRINE_ATTN_CHUNK + 1; }
 
-// The words of a lane of one row: chunks q and q + 4.
-template <typename Load>
-__device__ __forceinline__ void load_row(uint32_t w[8], const uint16_t* row, Load load) {
-    const uint32_t q = threadIdx.x % 4;
-    const uint4 low = load(row + q * 8), high = load(row + q * 8 + 32);
+// The words of a lane of one row, of chunks q and q + 4.
+__device__ __forceinline__ void words_of(uint32_t w[8], const uint4& low, const uint4& high) {
     w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w;
     w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
 }
@@ -86,89 +83,153 @@ __device__ __forceinline__ void rotate_row(uint32_t w[8], const float4 cs[4]) {
     }
 }
 
-struct LoadCached {
-    __device__ __forceinline__ uint4 operator()(const uint16_t* at) const { return __ldcg(reinterpret_cast<const uint4*>(at)); }
-};
+__device__ __forceinline__ uint4 load_cached(const uint16_t* at) { return __ldcg(reinterpret_cast<const uint4*>(at)); }
 
 // One item's view of the keys and values of its token.
 template <typename Fetch>
 struct AttnContext {
     const AttnDecodeParams& p;
+    const AttnItem& item;
     const AttnToken& t;
     const Fetch& fetch;
-    uint16_t *k_cache, *v_cache;  // of the slot
-    const uint16_t* new_key;      // in qkv, of the token at first_new; its value follows
-    uint32_t stride;              // of qkv
-    bool appends;
 
+    // The key of a token of this call, in qkv; its value follows. For a key that is none, another one's.
     __device__ __forceinline__ const uint16_t* new_row(uint32_t key) const {
-        const uint32_t at = min(max(key, t.first_new), t.position) - t.first_new;
-        return new_key + (size_t)at * stride;
+        const uint32_t row = item.token - (t.position - min(max(key, t.first_new), t.position));
+        return p.qkv + ((size_t)row * (p.heads + 2) + p.heads) * HEAD_DIM;
     }
-    // Whether keys key0 .. key0 + n - 1 hold one that is in qkv; the same for all lanes.
-    __device__ __forceinline__ bool holds_new(uint32_t key0, uint32_t n) const { return key0 + n > t.first_new && key0 <= t.position; }
+    __device__ __forceinline__ bool is_new(uint32_t key) const { return key >= t.first_new && key <= t.position; }
+    __device__ __forceinline__ bool appends(uint32_t key) const { return item.head_tile == 0 && key == t.position; }
+    // Where a key or value is in the cache.
+    __device__ __forceinline__ size_t cached(uint32_t key) const { return ((size_t)t.slot * p.max_context + key) * HEAD_DIM; }
 
-    // The cached ones of 32 keys; others are left zero.
-    __device__ __forceinline__ void load_keys(uint32_t k[4][8], uint32_t key0) const {
+    // Keys g of N n8 tiles from key0 on, the cached ones; zero otherwise. WHOLE: all are cached.
+    template <int N, bool WHOLE>
+    __device__ __forceinline__ void load_keys(uint32_t k[][8], uint32_t key0) const {
+        const uint32_t key = key0 + threadIdx.x % 32 / 4;
+        const uint16_t* row = p.k_cache + cached(key) + threadIdx.x % 4 * 8;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint32_t key = key0 + j * 8 + threadIdx.x % 32 / 4;
-#pragma unroll
-            for (int i = 0; i < 8; i++) k[j][i] = 0;
-            if (key < t.first_new) load_row(k[j], k_cache + (size_t)key * HEAD_DIM, LoadCached());
+        for (int j = 0; j < N; j++) {
+            uint4 low = make_uint4(0, 0, 0, 0), high = low;
+            if (WHOLE || key + j * 8 < t.first_new)
+                low = load_cached(row + j * 8 * HEAD_DIM), high = load_cached(row + j * 8 * HEAD_DIM + HEAD_DIM / 2);
+            words_of(k[j], low, high);
         }
     }
-    // The values of k16 step `step` of the 32 keys, in the order 2q, 2q + 1, 2q + 8, 2q + 9.
-    __device__ __forceinline__ uint32_t value_key(uint32_t key0, int step, int i) const {
-        return key0 + step * 16 + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
-    }
-    __device__ __forceinline__ void load_values(uint4 v[2][4], uint32_t key0) const {
+    // The four values of a lane of the k16 step at key0, keys 2q, 2q + 1, 2q + 8, 2q + 9, in the same way.
+    template <bool WHOLE>
+    __device__ __forceinline__ void load_values(uint4 v[4], uint32_t key0) const {
+        const uint32_t key = key0 + threadIdx.x % 4 * 2;
+        const uint16_t* values = p.v_cache + cached(key) + threadIdx.x % 32 / 4 * 8;
 #pragma unroll
-        for (int s = 0; s < 2; s++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t key = value_key(key0, s, i);
-                v[s][i] = make_uint4(0, 0, 0, 0);
-                if (key < t.first_new) v[s][i] = LoadCached()(v_cache + (size_t)key * HEAD_DIM + threadIdx.x % 32 / 4 * 8);
-            }
-    }
-    // The keys of this call's tokens among the 32.
-    __device__ __forceinline__ void add_new_keys(uint32_t k[4][8], uint32_t key0) const {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (!holds_new(key0 + j * 8, 8)) continue;
-            const uint32_t key = key0 + j * 8 + threadIdx.x % 32 / 4;
-            uint32_t w[8];
-            float4 cs[4];
-            load_angles(cs, p.table, min(key, t.position));
-            load_row(w, new_row(key), fetch);
-            rotate_row(w, cs);
-            if (key >= t.first_new && key <= t.position) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) k[j][i] = w[i];
-            }
-            if (appends && key == t.position) {
-                uint4* to = reinterpret_cast<uint4*>(k_cache + (size_t)key * HEAD_DIM) + threadIdx.x % 4;
-                to[0] = make_uint4(w[0], w[1], w[2], w[3]), to[4] = make_uint4(w[4], w[5], w[6], w[7]);
-            }
+        for (int i = 0; i < 4; i++) {
+            const int at = i / 2 * 8 + i % 2;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (WHOLE || key + at < t.first_new) v[i] = load_cached(values + at * HEAD_DIM);
         }
     }
-    // And their values.
-    __device__ __forceinline__ void add_new_values(uint4 v[2][4], uint32_t key0) const {
-        const uint32_t at = threadIdx.x % 32 / 4 * 8;
+    // Puts in the keys of this call's tokens among the 8 at key0.
+    __device__ __forceinline__ void add_new_keys(uint32_t k[8], uint32_t key0) const {
+        if (key0 + 8 <= t.first_new || key0 > t.position) return;
+        const uint32_t key = key0 + threadIdx.x % 32 / 4;
+        float4 cs[4];
+        load_angles(cs, p.table, min(key, t.position));
+        const uint16_t* row = new_row(key) + threadIdx.x % 4 * 8;
+        const uint16_t* const at[2] = {row, row + HEAD_DIM / 2};
+        uint4 half[2];
+        fetch(half, at);
+        uint32_t w[8];
+        words_of(w, half[0], half[1]);
+        rotate_row(w, cs);
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
-            if (!holds_new(key0 + s * 16, 16)) continue;
+        for (int i = 0; i < 8; i++) k[i] = is_new(key) ? w[i] : k[i];
+        if (appends(key)) {
+            uint4* to = reinterpret_cast<uint4*>(p.k_cache + cached(key)) + threadIdx.x % 4;
+            to[0] = make_uint4(w[0], w[1], w[2], w[3]), to[4] = make_uint4(w[4], w[5], w[6], w[7]);
+        }
+    }
+    // And their values among the 16 at key0.
+    __device__ __forceinline__ void add_new_values(uint4 v[4], uint32_t key0) const {
+        if (key0 + 16 <= t.first_new || key0 > t.position) return;
+        const uint32_t part = threadIdx.x % 32 / 4 * 8;
+        const uint16_t* at[4];
+        uint4 w[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const uint32_t key = value_key(key0, s, i);
-                const uint4 w = fetch(new_row(key) + HEAD_DIM + at);
-                if (key >= t.first_new && key <= t.position) v[s][i] = w;
-                if (appends && key == t.position) *reinterpret_cast<uint4*>(v_cache + (size_t)key * HEAD_DIM + at) = w;
-            }
+        for (int i = 0; i < 4; i++) at[i] = new_row(key0 + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2) + HEAD_DIM + part;
+        fetch(w, at);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t key = key0 + threadIdx.x % 4 * 2 + i / 2 * 8 + i % 2;
+            if (is_new(key)) v[i] = w[i];
+            if (appends(key)) *reinterpret_cast<uint4*>(p.v_cache + cached(key) + part) = w[i];
         }
     }
 };
+
+// Scores of the 8 keys of an n8 tile.
+__device__ __forceinline__ void score_keys(float score[4], const uint32_t query[4][4], const uint32_t k[8]) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) score[c] = 0.f;
+#pragma unroll
+    for (int s = 0; s < 4; s++) mma(score, query[s], k[2 * s], k[2 * s + 1]);
+}
+
+// Adds 16 weighted values.
+__device__ __forceinline__ void add_values(AttnState& state, const uint32_t a[4], const uint4 v[4]) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        const uint32_t halves = j % 2 ? 0x7632 : 0x5410;
+        const auto word = [j](const uint4& u) { return j / 2 == 0 ? u.x : j / 2 == 1 ? u.y : j / 2 == 2 ? u.z : u.w; };
+        mma(state.out[j], a, __byte_perm(word(v[0]), word(v[1]), halves), __byte_perm(word(v[2]), word(v[3]), halves));
+    }
+}
+
+// 32 keys that are all cached. `k` holds them, and afterwards those at `next`. The fence is there for the compiler, which would else ask
+// for the next keys while all values are still under way, and run out of registers.
+template <typename Fetch>
+__device__ __forceinline__ void attend_cached(AttnState& state, const uint32_t query[4][4], uint32_t k[4][8],
+                                              const AttnContext<Fetch>& context, uint32_t key0, uint32_t next) {
+    const uint32_t last[2] = {context.t.position, context.t.position};
+    uint4 v[2][4];
+    context.template load_values<true>(v[0], key0);
+    float score[4][4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) score_keys(score[j], query, k[j]);
+    context.template load_values<true>(v[1], key0 + 16);
+    soften<4, false>(state, score, key0, last);
+    uint32_t a[2][4];
+    weights_of(a[0], score, 0), weights_of(a[1], score, 1);
+    add_values(state, a[0], v[0]);
+    asm volatile("fence.acq_rel.cta;" ::: "memory");  // for the compiler alone, see above
+    context.template load_keys<4, true>(k, next);
+    add_values(state, a[1], v[1]);
+}
+
+// 32 keys some of which are in qkv, or beyond the token. What is beyond has no weight: zeros stand for it.
+template <typename Fetch>
+__device__ __forceinline__ void attend_new(AttnState& state, const uint32_t query[4][4], const AttnContext<Fetch>& context,
+                                           uint32_t key0) {
+    const uint32_t last[2] = {context.t.position, context.t.position};
+    float score[4][4];
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        uint32_t k[2][8];
+        context.template load_keys<2, false>(k, key0 + s * 16);
+        context.add_new_keys(k[0], key0 + s * 16);
+        context.add_new_keys(k[1], key0 + s * 16 + 8);
+        score_keys(score[2 * s], query, k[0]), score_keys(score[2 * s + 1], query, k[1]);
+    }
+    uint4 v[2][4];
+    context.template load_values<false>(v[0], key0);
+    soften<4, true>(state, score, key0, last);
+    uint32_t a[2][4];
+    weights_of(a[0], score, 0), weights_of(a[1], score, 1);
+    context.add_new_values(v[0], key0);
+    context.template load_values<false>(v[1], key0 + 16);
+    add_values(state, a[0], v[0]);
+    context.add_new_values(v[1], key0 + 16);
+    add_values(state, a[1], v[1]);
+}
 
 // The A registers of the item's 16 heads, rotated; rows beyond the model are zero.
 template <typename Fetch>
@@ -176,15 +237,20 @@ __device__ __forceinline__ void load_queries(uint32_t a[4][4], const AttnDecodeP
                                              const Fetch& fetch) {
     float4 cs[4];
     load_angles(cs, p.table, position);
-    const uint16_t* queries = p.qkv + (size_t)item.token * (p.heads + 2) * HEAD_DIM;
+    const uint16_t* queries = p.qkv + (size_t)item.token * (p.heads + 2) * HEAD_DIM + threadIdx.x % 4 * 8;
+    const uint32_t head = item.head_tile * ATTN_ROWS + threadIdx.x % 32 / 4;
+    const uint16_t* row_a = queries + min(head, p.heads - 1) * HEAD_DIM;
+    const uint16_t* row_b = queries + min(head + 8, p.heads - 1) * HEAD_DIM;
+    const uint16_t* const at[4] = {row_a, row_a + HEAD_DIM / 2, row_b, row_b + HEAD_DIM / 2};
+    uint4 half[4];
+    fetch(half, at);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const uint32_t head = item.head_tile * ATTN_ROWS + threadIdx.x % 32 / 4 + r * 8;
         uint32_t w[8];
-        load_row(w, queries + min(head, p.heads - 1) * HEAD_DIM, fetch);
+        words_of(w, half[2 * r], half[2 * r + 1]);
         rotate_row(w, cs);
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 2][i % 2 * 2 + r] = head < p.heads ? w[i] : 0;
+        for (int i = 0; i < 8; i++) a[i / 2][i % 2 * 2 + r] = head + r * 8 < p.heads ? w[i] : 0;
     }
 }
 
@@ -192,46 +258,21 @@ __device__ __forceinline__ void load_queries(uint32_t a[4][4], const AttnDecodeP
 template <typename Fetch>
 __device__ __forceinline__ void attend_chunk(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t,
                                              const Fetch& fetch) {
-    const size_t slot = (size_t)t.slot * p.max_context * HEAD_DIM;
-    const uint32_t stride = (p.heads + 2) * HEAD_DIM;
-    const AttnContext<Fetch> context = {p, t, fetch, p.k_cache + slot, p.v_cache + slot,
-                                        p.qkv + (size_t)t.first * stride + p.heads * HEAD_DIM, stride, item.head_tile == 0};
-    const uint32_t last[2] = {t.position, t.position};
-    const uint32_t begin = item.chunk * PEREGRINE_ATTN_CHUNK;
-    const uint32_t end = min(begin + PEREGRINE_ATTN_CHUNK, t.position + 1);
+    const AttnContext<Fetch> context = {p, item, t, fetch};
+    uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK;
+    const uint32_t end = min(key0 + PEREGRINE_ATTN_CHUNK, t.position + 1);
+    const uint32_t cached_end = min(end, t.first_new) / ATTN_ROUND * ATTN_ROUND;
     uint32_t k[4][8], query[4][4];
-    context.load_keys(k, begin);
+    context.template load_keys<4, false>(k, key0 < cached_end ? key0 : t.first_new);
     load_queries(query, p, item, t.position, fetch);
     clear(state);
 #pragma unroll 1
-    for (uint32_t key0 = begin; key0 < end; key0 += ATTN_ROUND) {
-        const bool holds_new = context.holds_new(key0, ATTN_ROUND);
-        uint4 v[2][4];
-        context.load_values(v, key0);
-        if (holds_new) context.add_new_keys(k, key0);
-        float score[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-#pragma unroll
-            for (int c = 0; c < 4; c++) score[j][c] = 0.f;
-#pragma unroll
-            for (int s = 0; s < 4; s++) mma(score[j], query[s], k[j][2 * s], k[j][2 * s + 1]);
-        }
-        soften<4>(state, score, key0, last);
-        if (holds_new) context.add_new_values(v, key0);
-        context.load_keys(k, key0 + ATTN_ROUND);  // none are cached behind the last round
-#pragma unroll
-        for (int s = 0; s < 2; s++) {
-            uint32_t a[4];
-            weights_of(a, score, s);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const uint32_t halves = j % 2 ? 0x7632 : 0x5410;
-                const auto word = [j](const uint4& u) { return j / 2 == 0 ? u.x : j / 2 == 1 ? u.y : j / 2 == 2 ? u.z : u.w; };
-                mma(state.out[j], a, __byte_perm(word(v[s][0]), word(v[s][1]), halves), __byte_perm(word(v[s][2]), word(v[s][3]), halves));
-            }
-        }
+    for (; key0 < cached_end; key0 += ATTN_ROUND) {
+        const uint32_t next = key0 + ATTN_ROUND;
+        attend_cached(state, query, k, context, key0, next < cached_end ? next : key0);  // behind the last: any that are there
     }
+#pragma unroll 1
+    for (; key0 < end; key0 += ATTN_ROUND) attend_new(state, query, context, key0);
     state.sum[0] = row_sum(state.sum[0]), state.sum[1] = row_sum(state.sum[1]);
 }
 
@@ -252,16 +293,23 @@ __device__ __forceinline__ void merge(AttnState& state, const AttnQuads& other) 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const float joint = fmaxf(state.top[r], top[r]);
-        const float mine = exp2f(state.top[r] - joint), theirs = exp2f(top[r] - joint);
+        const float mine = power2(state.top[r] - joint), theirs = power2(top[r] - joint);
         state.top[r] = joint;
-        state.sum[r] = state.sum[r] * mine + sum[r] * theirs;
+        const auto join = [mine, theirs](float& a, float b) { a = __fmaf_rn(a, mine, __fmul_rn(b, theirs)); };
+        join(state.sum[r], sum[r]);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             const float4& o = other.quad[j];
-            state.out[j][r * 2] = state.out[j][r * 2] * mine + (r ? o.z : o.x) * theirs;
-            state.out[j][r * 2 + 1] = state.out[j][r * 2 + 1] * mine + (r ? o.w : o.y) * theirs;
+            join(state.out[j][r * 2], r ? o.z : o.x), join(state.out[j][r * 2 + 1], r ? o.w : o.y);
         }
     }
+}
+
+// Counts one up and gives what was there; what this warp wrote before is seen by whoever finds it counted.
+__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+    uint32_t before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
 }
 
 // Leaves the item's state for whoever arrives last. True for that one, whose state then is the whole token's.
@@ -274,28 +322,31 @@ __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodePa
 #pragma unroll
     for (int j = 0; j < 8; j++) mine[j * 32] = make_float4(state.out[j][0], state.out[j][1], state.out[j][2], state.out[j][3]);
     mine[8 * 32] = make_float4(state.sum[0], state.sum[1], state.top[0], state.top[1]);
-    __threadfence();  // the state is visible before the arrival is
+    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
     __syncwarp();
     uint32_t arrived = 0;
-    if (lane == 0) arrived = atomicAdd(p.arrivals + group, 1);
+    if (lane == 0) arrived = arrive(p.arrivals + group);
+    __syncwarp();
     if (__shfl_sync(~0u, arrived, 0) != chunks - 1) return false;
-    __threadfence();  // and the others' states are read after their arrivals
     if (lane == 0) p.arrivals[group] = 0;
     clear(state);
-    AttnQuads now, next;
-    load_quads(now, partials);
+    // Two chunks under way: one's latency is the cost of a merge.
+    AttnQuads even, odd;
+    load_quads(even, partials);
 #pragma unroll 1
-    for (uint32_t c = 1; c < chunks; c++) {
-        load_quads(next, partials + c * chunk_quads);
-        merge(state, now);
-        now = next;
+    for (uint32_t c = 1; c < chunks; c += 2) {
+        load_quads(odd, partials + c * chunk_quads);
+        merge(state, even);
+        load_quads(even, partials + min(c + 1, chunks - 1) * chunk_quads);  // behind the last: any that is there
+        merge(state, odd);
     }
-    merge(state, now);
+    if (chunks % 2) merge(state, even);
     return true;
 }
 
 // One item by one warp, all of whose lanes call it together; item.chunk < attn_chunks(t.position).
-//   fetch(const uint16_t*) -> uint4: 16 bytes of qkv; called by all lanes together, always on an address inside qkv.
+//   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv; called by all lanes together, always on addresses
+//   inside qkv, also by a lane that has no use for what it gets.
 //   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; called by lanes that have the head.
 template <typename Fetch, typename Store>
 __device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,

@@ -1,4 +1,4 @@
-// embed — x[m] = row ids[m] of the embedding, f32.   Reference: src/reference.rs::embed
+// embed — x[m] = row token[m].id of the embedding, f32.   Reference: src/reference.rs::embed
 // Reads one row of 9 KB a token out of the head's f16 units: 4 bytes in every 64, 72 KB of sectors; nothing beside 111 MB a layer.
 // Mapping  one block a token; a thread fetches one pair of neighbouring inputs at a time.
 #include "launch.cuh"
@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(THREADS) embed_kernel(const __grid_constant__ 
     overlap_next();
     wait_previous();
     const uint32_t m = blockIdx.x;
-    const uint32_t id = p.ids[m] < p.vocab ? p.ids[m] : 0;
+    const uint32_t id = p.token[m].id < p.vocab ? p.token[m].id : 0;
     const uint32_t k_units = p.hidden / UNIT_INPUTS;
     const uint8_t* tile = reinterpret_cast<const uint8_t*>(p.units) + (size_t)(id / UNIT_ROWS) * k_units * TABLE_UNIT_BYTES;
     const uint32_t g = id % 8, high_row = id % UNIT_ROWS / 8;

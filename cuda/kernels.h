@@ -21,7 +21,7 @@ extern "C" {
 #define PEREGRINE_UNIT_ROWS 16     // output rows of a unit
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
-#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv, head or attn_decode call: the N of mma.m16n8k16
+#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv or head call: the N of mma.m16n8k16
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 8       // most ids that end a generation
@@ -110,7 +110,7 @@ int32_t table_repack(const TableRepackParams* p, const Launch* l);
 // embed: x[m] = row token[m].id of the table.
 typedef struct EmbedParams {
     const uint16_t* units;  // f16 units [vocab / 16][hidden / 64]
-    const uint32_t* ids;    // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
+    const StepToken* token; // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
     float* x;               // [tokens, hidden]
     uint32_t tokens, hidden, vocab;
 } EmbedParams;
@@ -159,7 +159,7 @@ typedef struct AttnDecodeParams {
     const float* table;       // [max_context, 32, 2]: cos and sin
     const StepToken* token;   // [tokens]
     uint16_t* out;            // [tokens, out_stride] f16: heads * 64 values a token
-    float* partials;          // [tokens, head tiles, chunks of max_context, 32 lanes, 36] f32
+    float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
 } AttnDecodeParams;
@@ -238,47 +238,37 @@ typedef struct SampledToken {
     uint32_t step;   // 1 for the first token of a generation; written last
 } SampledToken;
 
-// A sequence being generated. Device memory, one a slot.
+// What a decode step reads and the sampler advances. One struct in device memory.
 typedef struct DecodeState {
-    uint32_t position;  // of the slot's first token in the next step = tokens in its cache
+    uint32_t tokens, reserved[3];  // as a Step with one token:
+    uint32_t token;     // the next token to be appended
+    uint32_t position;  // tokens in the cache = its position
+    uint32_t slot, first;
     uint32_t step;      // tokens sampled in this generation
     uint32_t length;    // tokens in `history`
-    uint32_t done;      // 1: a stop id was sampled or the room is used up
-    uint32_t draft_wait, draft_backoff;  // steps without drafts still to go, and how many follow the next failure
-    uint32_t steps, drafted;             // decode steps and drafts so far, for the figures
 } DecodeState;
 
-// sample: a token from each row of logits, by the formulas of src/sampler.rs; keeps those that follow from one another (speculation:
-// src/speculate.rs), tells the host, and sets up the next step. Row m belongs to step->token[m].
+// sample: one token from one row of logits, by the formulas of src/sampler.rs; advances the state.
 typedef struct SampleParams {
-    const float* logits;     // [rows, vocab]
-    float* scratch;          // [rows, vocab]
-    float* surveys;          // [rows, SAMPLE_BLOCKS, 8]: what each block found
-    uint32_t* arrivals;      // [rows + slots], zero before and after
-    uint32_t* history;       // [slots, history_capacity] every token so far; new ones are appended
-    uint32_t* seen;          // [slots, ceil(vocab / 32)] bit set of the history
-    DecodeState* state;      // [slots]
-    Step* step;
-    SampledToken* out;       // pinned host memory, [slots, out_capacity]: token of step s is at (s - 1) % out_capacity
-    uint32_t rows;           // most rows there may be; rows beyond step->tokens do nothing
-    uint32_t slots;          // 1, or as many as rows: then row m is slot m
-    uint32_t vocab, history_capacity, out_capacity, max_context;
-    uint32_t max_new_tokens; // tokens of a generation at most
-    uint32_t stop_ids[PEREGRINE_STOP_IDS], stop_count;
-    uint32_t drafts;         // most drafts of the next step, < rows; 0: no speculation
+    const float* logits;     // [vocab]
+    float* scratch;          // [vocab]
+    uint32_t* history;       // [history_capacity] every token so far; the new one is appended
+    uint32_t* seen;          // [ceil(vocab / 32)] bit set of the history
+    DecodeState* state;
+    SampledToken* out;       // pinned host memory, [out_capacity]: token of step s is at (s - 1) % out_capacity
+    uint32_t vocab, history_capacity, out_capacity;
     uint32_t top_k, no_repeat_ngram_size;
     uint32_t seed_low, seed_high;
     float temperature, top_p, min_p, repetition_penalty;
 } SampleParams;
 int32_t sample(const SampleParams* p, const Launch* l);
 
-// start: fills `seen` from a slot's history and sets its state, and its token of the step, for a generation that follows a prefill.
+// start: fills `seen` from the history and sets the state for a generation that follows a prefill.
 typedef struct StartParams {
-    const uint32_t* history;  // [length] of this slot
-    uint32_t* seen;           // [ceil(vocab / 32)] of this slot
-    DecodeState* state;       // of this slot
-    Step* step;
-    uint32_t length, position, vocab, slot, slots;
+    const uint32_t* history;  // [length]
+    uint32_t* seen;           // [ceil(vocab / 32)]
+    DecodeState* state;
+    uint32_t length, position, vocab;
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 

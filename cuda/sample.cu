@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS) start_kernel(const __grid_const
         const uint32_t id = p.history[i];
         if (id < p.vocab) atomicOr(p.seen + id / 32, 1u << (id % 32));
     }
-    if (threadIdx.x == 0) *p.state = {p.position, 0, 0, p.length};
+    if (threadIdx.x == 0) *p.state = {1, {}, 0, p.position, 0, 0, 0, p.length};
 }
 
 }  // namespace

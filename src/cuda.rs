@@ -141,7 +141,7 @@ impl CudaTimeline {
             )));
         }
         let stream = model.gpu.stream()?;
-        let cache = KvCache::new(&stream, config.num_layers, max_context)?;
+        let cache = KvCache::new(&stream, config.num_layers, 1, max_context)?;
         let scratch =
             Scratch::new(&stream, config, max_context, max_context.min(PREFILL_TOKENS), model.act_order())?;
         let sampler = SamplerState::new(&model.gpu, &stream, config.vocab_size, max_context + 1)?;
@@ -185,7 +185,7 @@ impl CudaTimeline {
             weights: &self.model.weights,
             cache: &mut self.cache,
             scratch: &mut self.scratch,
-            state: &self.sampler.state,
+            step: &self.sampler.state,
             gemv_works: self.model.gemv_works,
         }
     }
@@ -207,9 +207,9 @@ impl CudaTimeline {
                 self.model.config.vocab_size
             )));
         }
-        self.sampler.set_position(&self.stream, self.position)?;
-        self.scratch.ids.upload(&self.stream, 0, ids)?;
-        self.pass().run(Tokens::List(ids.len()))?;
+        let words = ops::step_token_words(ids, self.position, 0)?;
+        self.scratch.step_tokens.upload(&self.stream, 0, &words)?;
+        self.pass().run(Tokens::Prompt(ids.len()))?;
         self.position += ids.len();
         Ok(())
     }
@@ -310,7 +310,7 @@ impl CudaTimeline {
         }
         let mut pass = self.pass();
         let graph = StepGraph::capture(pass.stream, move || {
-            pass.run(Tokens::State)?;
+            pass.run(Tokens::Step(1))?;
             pass.head(0, 1)
         })?;
         self.step = Some(graph);
@@ -324,7 +324,7 @@ impl CudaTimeline {
             Some(graph) => graph.launch(),
             None => {
                 let mut pass = self.pass();
-                pass.run(Tokens::State)?;
+                pass.run(Tokens::Step(1))?;
                 pass.head(0, 1)
             }
         }

@@ -4,27 +4,27 @@
 //! embed -> 32 x { norm -> [qkv ; up] -> rope + kv append -> attention, gelu -> [down | dense] -> + residual } -> norm -> head
 //! ```
 //!
-//! Each layer's last product leaves its sum to the norm that follows (`layernorm` adds K slices in order), so a layer is five
-//! launches. Nothing is allocated and nothing waits.
+//! Each layer's last product leaves its sum to the norm that follows (`layernorm` adds K slices in order), and decoding's
+//! attention rotates and appends on the way, so a layer is four launches. Nothing is allocated and nothing waits.
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::Stream;
 use crate::gpu::ops::{
-    self, Activations, AttnOutput, GEMV_TOKENS, Ids, MatmulKernel, MatmulOutput, PendingSum, Span,
+    self, Activations, AttnOutput, GEMV_TOKENS, MatmulKernel, MatmulOutput, PendingSum, StepTokens,
 };
+use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
 
-/// What a pass works with. `state` is the decode state: position and token.
+/// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
 pub(crate) struct Pass<'a> {
     pub(crate) stream: &'a Stream,
     pub(crate) config: &'a ModelConfig,
     pub(crate) weights: &'a Weights,
     pub(crate) cache: &'a mut KvCache,
     pub(crate) scratch: &'a mut Scratch,
-    pub(crate) state: &'a crate::gpu::DevBuf<u32>,
+    pub(crate) step: &'a DevBuf<u32>,
     /// The tensor cores keep subnormals, which `gptq_gemv` rests on.
     pub(crate) gemv_works: bool,
 }
@@ -32,10 +32,25 @@ pub(crate) struct Pass<'a> {
 /// Where the tokens of a pass come from.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tokens {
-    /// `scratch.ids`, this many.
-    List(usize),
-    /// The decode state's one token.
-    State,
+    /// `scratch.step_tokens`, this many: a prompt's, all of one slot.
+    Prompt(usize),
+    /// The sampler's step, this many.
+    Step(usize),
+}
+
+impl Tokens {
+    fn count(self) -> usize {
+        match self {
+            Tokens::Prompt(count) | Tokens::Step(count) => count,
+        }
+    }
+
+    fn of<'a>(self, prompt: &'a DevBuf<u32>, step: &'a DevBuf<u32>) -> StepTokens<'a> {
+        match self {
+            Tokens::Prompt(count) => StepTokens::list(prompt, count),
+            Tokens::Step(count) => StepTokens::step(step, count),
+        }
+    }
 }
 
 impl Pass<'_> {
@@ -43,17 +58,13 @@ impl Pass<'_> {
     pub(crate) fn run(&mut self, tokens: Tokens) -> Result<()> {
         let Pass { stream, weights, .. } = *self;
         let s = &mut *self.scratch;
-        let m = match tokens {
-            Tokens::List(m) => m,
-            Tokens::State => 1,
-        };
-        let ids = if tokens == Tokens::State { Ids::State(self.state) } else { Ids::List(&s.ids) };
-        ops::embed(stream, &weights.embedding, ids, m, &mut s.x)?;
+        let m = tokens.count();
+        ops::embed(stream, &weights.embedding, tokens.of(&s.step_tokens, self.step), &mut s.x)?;
         let first_norm = weights.layers.first().map_or(&weights.final_norm, |l| &l.norm);
         ops::layernorm(stream, first_norm, &mut s.x, None, m, &mut s.normed)?;
         for (i, layer) in weights.layers.iter().enumerate() {
             self.qkv_up(layer, m)?;
-            self.attention(i, m)?;
+            self.attention(i, tokens)?;
             self.down_dense(layer, m)?;
             let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
             let s = &mut *self.scratch;
@@ -112,22 +123,21 @@ impl Pass<'_> {
         Ok(())
     }
 
-    fn attention(&mut self, index: usize, m: usize) -> Result<()> {
-        let (stream, heads) = (self.stream, self.config.num_heads);
+    fn attention(&mut self, index: usize, tokens: Tokens) -> Result<()> {
+        let (stream, heads, table) = (self.stream, self.config.num_heads, &self.weights.rope_table);
         let s = &mut *self.scratch;
-        let span = Span { state: self.state, tokens: m, max_context: self.cache.max_context };
+        let tokens = tokens.of(&s.step_tokens, self.step);
         let cache = &mut self.cache.layers[index];
-        ops::rope(stream, &mut s.qkv, heads, cache, &self.weights.rope_table, span)?;
         let output = AttnOutput {
             out: &mut s.wide,
             first: self.config.ffn_size,
             stride: self.config.ffn_size + self.config.hidden_size,
         };
-        if m <= GEMV_TOKENS {
-            ops::attn_decode(stream, &s.qkv, heads, cache, span, &mut s.attn, output)
-        } else {
-            ops::attn_prefill(stream, &s.qkv, heads, cache, span, output)
+        if tokens.count <= GEMV_TOKENS {
+            return ops::attn_decode(stream, &s.qkv, cache, table, tokens, &mut s.attn, output);
         }
+        ops::rope(stream, &mut s.qkv, heads, cache, table, tokens)?;
+        ops::attn_prefill(stream, &s.qkv, heads, cache, tokens, output)
     }
 
     fn down_dense(&mut self, layer: &Layer, m: usize) -> Result<()> {

@@ -1,10 +1,9 @@
-//! Keys and values of one timeline on the GPU: f16 `[max_context, 64]` each, a layer. One head is shared by all queries, so the
-//! whole cache of Falcon-7B is 8 KiB a token, 16 MiB at 2048.
+//! Keys and values on the GPU: f16 `[slots, max_context, 64]` each, a layer; a slot is one sequence. One head is shared by all
+//! queries, so the cache of Falcon-7B is 8 KiB a token, 16 MiB at 2048.
 
 use crate::error::Result;
+use crate::gpu::Stream;
 use crate::gpu::ops::LayerCache;
-use crate::gpu::{DevBuf, Stream};
-use crate::layout::HEAD_DIM;
 
 /// The cache of all layers.
 pub(crate) struct KvCache {
@@ -13,13 +12,8 @@ pub(crate) struct KvCache {
 }
 
 impl KvCache {
-    pub(crate) fn new(stream: &Stream, layers: usize, max_context: usize) -> Result<KvCache> {
-        let layer = |_| -> Result<LayerCache> {
-            Ok(LayerCache {
-                k: DevBuf::zeros(stream, "key cache", max_context * HEAD_DIM)?,
-                v: DevBuf::zeros(stream, "value cache", max_context * HEAD_DIM)?,
-            })
-        };
-        Ok(KvCache { layers: (0..layers).map(layer).collect::<Result<_>>()?, max_context })
+    pub(crate) fn new(stream: &Stream, layers: usize, slots: usize, max_context: usize) -> Result<KvCache> {
+        let layers = (0..layers).map(|_| LayerCache::new(stream, slots, max_context));
+        Ok(KvCache { layers: layers.collect::<Result<_>>()?, max_context })
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! | buffer | shape, type | Falcon-7B, 2048 tokens | for |
 //! | --- | --- | --- | --- |
+//! | `step_tokens` | [tokens, 4] u32 | 33 kB | a prompt's ids, positions, slot |
 //! | `x` | [tokens, hidden] f32 | 37 MB | the residual stream |
 //! | `normed` | [tokens, hidden] f16 | 19 MB | output of a norm |
 //! | `qkv` | [tokens, heads + 2, 64] f16 | 19 MB | queries, key, value |
@@ -12,7 +13,7 @@
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::ops::{self, AttnScratch, GEMV_TOKENS};
+use crate::gpu::ops::{self, AttnScratch, GEMV_TOKENS, STEP_TOKEN_WORDS};
 use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
@@ -22,7 +23,8 @@ pub(crate) const PARTIAL_TOKENS: usize = 512;
 pub(crate) struct Scratch {
     /// Tokens there is room for.
     pub(crate) tokens: usize,
-    pub(crate) ids: DevBuf<u32>,
+    /// A prompt's tokens; those of a decode step lie with the sampler.
+    pub(crate) step_tokens: DevBuf<u32>,
     pub(crate) x: DevBuf<f32>,
     pub(crate) normed: DevBuf<u16>,
     pub(crate) qkv: DevBuf<u16>,
@@ -51,7 +53,7 @@ impl Scratch {
         };
         Ok(Scratch {
             tokens,
-            ids: DevBuf::zeros(stream, "token ids", tokens)?,
+            step_tokens: DevBuf::zeros(stream, "prompt tokens", tokens * STEP_TOKEN_WORDS)?,
             x: DevBuf::zeros(stream, "residual stream", tokens * hidden)?,
             normed: DevBuf::zeros(stream, "normed activations", tokens * hidden)?,
             qkv: DevBuf::zeros(stream, "queries, keys, values", tokens * config.qkv_size())?,
@@ -60,7 +62,7 @@ impl Scratch {
             slices,
             permuted_normed: permuted(hidden)?,
             permuted_wide: permuted(wide)?,
-            attn: AttnScratch::new(stream, config.num_heads, max_context)?,
+            attn: AttnScratch::new(stream, config.num_heads, max_context, GEMV_TOKENS)?,
             logits: DevBuf::zeros(stream, "logits", GEMV_TOKENS * config.vocab_size)?,
         })
     }

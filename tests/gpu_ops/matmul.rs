@@ -1,7 +1,7 @@
 //! gptq_repack, gptq_gemv, gptq_gemm, head, table_repack, unpack_check.
 
 use peregrine::checkpoint::{FloatTensor, FloatType};
-use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput, Table};
+use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput, StepTokens, Table};
 use peregrine::gpu::{DevBuf, Stream};
 use peregrine::reference;
 use peregrine::repack::{self, InputOrder};
@@ -261,10 +261,18 @@ fn table_repack_and_embed_match_reference() {
         let ids: Vec<u32> = [0, 1, 7, 8, 15, vocab as u32 - 1].into();
         let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
         let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
+        // Behind a step's header; positions and slots are not embed's business.
+        let words = [vec![0; 4], ops::step_token_words(&ids, 100, 3).unwrap()].concat();
+        let step = DevBuf::from_host(&stream, "step", &words).unwrap();
         let mut x = nan32(&stream, ids.len() * hidden);
-        let ids_gpu = DevBuf::from_host(&stream, "ids", &ids).unwrap();
-        ops::embed(&stream, &table, ops::Ids::List(&ids_gpu), ids.len(), &mut x).unwrap();
+        ops::embed(&stream, &table, StepTokens::step(&step, ids.len()), &mut x).unwrap();
         assert_eq!(x.download(&stream, 0, ids.len() * hidden).unwrap(), reference::embed(&tensor, &ids));
+
+        // An id that is none reads as row 0.
+        let words = ops::step_token_words(&[u32::MAX, vocab as u32], 0, 0).unwrap();
+        let list = DevBuf::from_host(&stream, "list", &words).unwrap();
+        ops::embed(&stream, &table, StepTokens::list(&list, 2), &mut x).unwrap();
+        assert_eq!(x.download(&stream, 0, 2 * hidden).unwrap(), reference::embed(&tensor, &[0, 0]));
     }
 }
 

@@ -57,8 +57,9 @@ fn sample_matches_reference() {
                     );
                     worst = worst.max((got.logprob - want.logprob).abs());
                     history.push(want.id);
-                    let words = state.state.download(&stream, 0, 4).unwrap();
-                    assert_eq!(words, [history.len() as u32 - 1, want.id, step, history.len() as u32]);
+                    let words = state.state.download(&stream, 4, 6).unwrap();
+                    let length = history.len() as u32;
+                    assert_eq!(words, [want.id, length - 1, 0, 0, step, length]);
                 }
             }
         }

@@ -3,39 +3,44 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::{GEMV_TOKENS, STATE_POSITION, STATE_WORDS};
+use super::step::StepTokens;
 use super::{call, check, launch_on, u32_of};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layout::{HEAD_DIM, UNIT_ROWS};
 
-/// Keys of one `attn_decode` block.
+/// Keys one warp of `attn_decode` takes.
 const ATTN_CHUNK: usize = ffi::PEREGRINE_ATTN_CHUNK as usize;
-/// Floats of one partial row of `attn_decode`: the values, their weights' sum, the largest score.
-const ATTN_ROW_FLOATS: usize = HEAD_DIM + 2;
+/// Floats of what a warp of `attn_decode` leaves for the one that merges: 16 rows of 64 values, and sum and maximum in every lane.
+const ATTN_STATE_FLOATS: usize = 9 * 32 * 4;
 
-/// Keys and values of one layer: `[max_context, 64]` f16 each.
+/// Keys and values of one layer: `[slots, max_context, 64]` f16 each.
 pub struct LayerCache {
     /// Rotated keys.
     pub k: DevBuf<u16>,
     /// Values.
     pub v: DevBuf<u16>,
-}
-
-/// The positions a call works at, and how far the cache reaches.
-#[derive(Clone, Copy)]
-pub struct Span<'a> {
-    /// Decode state; its first word is the position of the first token.
-    pub state: &'a DevBuf<u32>,
-    /// Tokens of the call. The caller has checked that position + tokens <= max_context.
-    pub tokens: usize,
-    /// Positions the cache and the rotary table have room for.
+    /// Sequences.
+    pub slots: usize,
+    /// Positions of each.
     pub max_context: usize,
 }
 
-impl Span<'_> {
-    fn position(&self, op: &str, stream: &Stream) -> Result<*const u32> {
-        self.state.require(op, STATE_WORDS)?;
-        Ok(self.state.ptr(stream).wrapping_add(STATE_POSITION))
+impl LayerCache {
+    /// An empty one.
+    pub fn new(stream: &Stream, slots: usize, max_context: usize) -> Result<LayerCache> {
+        let values = slots * max_context * HEAD_DIM;
+        Ok(LayerCache {
+            k: DevBuf::zeros(stream, "key cache", values)?,
+            v: DevBuf::zeros(stream, "value cache", values)?,
+            slots,
+            max_context,
+        })
+    }
+
+    fn require(&self, op: &str) -> Result<()> {
+        let values = self.slots * self.max_context * HEAD_DIM;
+        self.k.require(op, values)?;
+        self.v.require(op, values)
     }
 }
 
@@ -48,22 +53,22 @@ pub fn rope(
     heads: usize,
     cache: &mut LayerCache,
     table: &DevBuf<f32>,
-    span: Span<'_>,
+    tokens: StepTokens<'_>,
 ) -> Result<()> {
     let op = "rope";
-    qkv.require(op, span.tokens * (heads + 2) * HEAD_DIM)?;
-    cache.k.require(op, span.max_context * HEAD_DIM)?;
-    cache.v.require(op, span.max_context * HEAD_DIM)?;
-    table.require(op, span.max_context * HEAD_DIM)?;
+    qkv.require(op, tokens.count * (heads + 2) * HEAD_DIM)?;
+    cache.require(op)?;
+    table.require(op, cache.max_context * HEAD_DIM)?;
     let params = ffi::RopeParams {
         qkv: qkv.ptr_mut(stream),
         k_cache: cache.k.ptr_mut(stream),
         v_cache: cache.v.ptr_mut(stream),
         table: table.ptr(stream),
-        position: span.position(op, stream)?,
-        tokens: u32_of(op, span.tokens)?,
+        token: tokens.ptr(op, stream)?,
+        tokens: u32_of(op, tokens.count)?,
         heads: u32_of(op, heads)?,
-        max_context: u32_of(op, span.max_context)?,
+        slots: u32_of(op, cache.slots)?,
+        max_context: u32_of(op, cache.max_context)?,
     };
     call!(rope, stream, params)
 }
@@ -72,16 +77,18 @@ pub fn rope(
 pub struct AttnScratch {
     partials: DevBuf<f32>,
     arrivals: DevBuf<u32>,
+    heads: usize,
 }
 
 impl AttnScratch {
-    /// For any call with up to [`GEMV_TOKENS`] tokens.
-    pub fn new(stream: &Stream, heads: usize, max_context: usize) -> Result<AttnScratch> {
-        let groups = GEMV_TOKENS * heads.div_ceil(UNIT_ROWS);
-        let floats = groups * max_context.div_ceil(ATTN_CHUNK) * UNIT_ROWS * ATTN_ROW_FLOATS;
+    /// For calls of up to `tokens` tokens, at most [`STEP_TOKENS`](super::STEP_TOKENS).
+    pub fn new(stream: &Stream, heads: usize, max_context: usize, tokens: usize) -> Result<AttnScratch> {
+        let groups = tokens * heads.div_ceil(UNIT_ROWS);
+        let floats = groups * max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS;
         Ok(AttnScratch {
             partials: DevBuf::zeros(stream, "attention partials", floats)?,
             arrivals: DevBuf::zeros(stream, "attention arrivals", groups)?,
+            heads,
         })
     }
 }
@@ -90,73 +97,85 @@ impl AttnScratch {
 pub struct AttnOutput<'a> {
     /// The buffer.
     pub out: &'a mut DevBuf<u16>,
-    /// Index of the first token's first value; even.
+    /// Index of the first token's first value; a multiple of 8.
     pub first: usize,
-    /// Values between two tokens; even.
+    /// Values between two tokens; a multiple of 8.
     pub stride: usize,
 }
 
-fn attn_params(
-    op: &str,
-    stream: &Stream,
-    qkv: &DevBuf<u16>,
-    heads: usize,
-    cache: &LayerCache,
-    span: Span<'_>,
-    output: AttnOutput<'_>,
-) -> Result<ffi::AttnParams> {
-    qkv.require(op, span.tokens * (heads + 2) * HEAD_DIM)?;
-    cache.k.require(op, span.max_context * HEAD_DIM)?;
-    cache.v.require(op, span.max_context * HEAD_DIM)?;
-    output
-        .out
-        .require(op, output.first + span.tokens.saturating_sub(1) * output.stride + heads * HEAD_DIM)?;
-    Ok(ffi::AttnParams {
-        qkv: qkv.ptr(stream),
-        k_cache: cache.k.ptr(stream),
-        v_cache: cache.v.ptr(stream),
-        position: span.position(op, stream)?,
-        out: output.out.ptr_mut(stream).wrapping_add(output.first),
-        tokens: u32_of(op, span.tokens)?,
-        heads: u32_of(op, heads)?,
-        out_stride: u32_of(op, output.stride)?,
-        max_context: u32_of(op, span.max_context)?,
-        ..Default::default()
-    })
+impl AttnOutput<'_> {
+    fn ptr(self, op: &str, stream: &Stream, tokens: usize, heads: usize) -> Result<*mut u16> {
+        self.out.require(op, self.first + tokens.saturating_sub(1) * self.stride + heads * HEAD_DIM)?;
+        if !self.first.is_multiple_of(8) || !self.stride.is_multiple_of(8) {
+            return Err(Error::Cuda {
+                op: op.into(),
+                what: format!("output at {} by {}, wanted multiples of 8", self.first, self.stride),
+            });
+        }
+        Ok(self.out.ptr_mut(stream).wrapping_add(self.first))
+    }
 }
 
-/// `attn_decode`: up to [`GEMV_TOKENS`] tokens.
+/// `attn_decode`: rotates, appends to the cache and attends, for up to [`STEP_TOKENS`](super::STEP_TOKENS) tokens of any slots. `qkv` is not rotated.
 #[allow(unsafe_code)]
 pub fn attn_decode(
     stream: &Stream,
     qkv: &DevBuf<u16>,
-    heads: usize,
-    cache: &LayerCache,
-    span: Span<'_>,
+    cache: &mut LayerCache,
+    table: &DevBuf<f32>,
+    tokens: StepTokens<'_>,
     scratch: &mut AttnScratch,
     output: AttnOutput<'_>,
 ) -> Result<()> {
-    let op = "attn_decode";
-    let mut params = attn_params(op, stream, qkv, heads, cache, span, output)?;
-    let groups = span.tokens * heads.div_ceil(UNIT_ROWS);
-    let chunks = span.max_context.div_ceil(ATTN_CHUNK);
-    scratch.partials.require(op, groups * chunks * UNIT_ROWS * ATTN_ROW_FLOATS)?;
+    let (op, heads, m) = ("attn_decode", scratch.heads, tokens.count);
+    qkv.require(op, m * (heads + 2) * HEAD_DIM)?;
+    cache.require(op)?;
+    table.require(op, cache.max_context * HEAD_DIM)?;
+    let groups = m * heads.div_ceil(UNIT_ROWS);
+    scratch.partials.require(op, groups * cache.max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS)?;
     scratch.arrivals.require(op, groups)?;
-    params.partials = scratch.partials.ptr_mut(stream);
-    params.arrivals = scratch.arrivals.ptr_mut(stream);
+    let params = ffi::AttnDecodeParams {
+        qkv: qkv.ptr(stream),
+        k_cache: cache.k.ptr_mut(stream),
+        v_cache: cache.v.ptr_mut(stream),
+        table: table.ptr(stream),
+        token: tokens.ptr(op, stream)?,
+        out_stride: u32_of(op, output.stride)?,
+        out: output.ptr(op, stream, m, heads)?,
+        partials: scratch.partials.ptr_mut(stream),
+        arrivals: scratch.arrivals.ptr_mut(stream),
+        tokens: u32_of(op, m)?,
+        heads: u32_of(op, heads)?,
+        slots: u32_of(op, cache.slots)?,
+        max_context: u32_of(op, cache.max_context)?,
+    };
     call!(attn_decode, stream, params)
 }
 
-/// `attn_prefill`: any number of tokens.
+/// `attn_prefill`: any number of tokens of one slot at following positions, rotated and appended by [`rope`].
 #[allow(unsafe_code)]
 pub fn attn_prefill(
     stream: &Stream,
     qkv: &DevBuf<u16>,
     heads: usize,
     cache: &LayerCache,
-    span: Span<'_>,
+    tokens: StepTokens<'_>,
     output: AttnOutput<'_>,
 ) -> Result<()> {
-    let params = attn_params("attn_prefill", stream, qkv, heads, cache, span, output)?;
+    let op = "attn_prefill";
+    qkv.require(op, tokens.count * (heads + 2) * HEAD_DIM)?;
+    cache.require(op)?;
+    let params = ffi::AttnPrefillParams {
+        qkv: qkv.ptr(stream),
+        k_cache: cache.k.ptr(stream),
+        v_cache: cache.v.ptr(stream),
+        token: tokens.ptr(op, stream)?,
+        out_stride: u32_of(op, output.stride)?,
+        out: output.ptr(op, stream, tokens.count, heads)?,
+        tokens: u32_of(op, tokens.count)?,
+        heads: u32_of(op, heads)?,
+        slots: u32_of(op, cache.slots)?,
+        max_context: u32_of(op, cache.max_context)?,
+    };
     call!(attn_prefill, stream, params)
 }

@@ -4,13 +4,14 @@
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
 //! `product`: gptq_gemv, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
-//! `attention`: rope, attn_decode, attn_prefill. `sampling`: start, sample. `probe`: unpack_check, stream_read.
+//! `attention`: rope, attn_decode, attn_prefill. `step`: the tokens of a call. `sampling`: start, sample. `probe`: unpack_check, stream_read.
 
 mod attention;
 mod probe;
 mod product;
 mod rows;
 mod sampling;
+mod step;
 mod table;
 
 use std::ffi::CStr;
@@ -19,21 +20,22 @@ use super::context::Stream;
 use super::ffi;
 use crate::error::{Error, Result};
 
-pub use attention::{AttnOutput, AttnScratch, LayerCache, Span, attn_decode, attn_prefill, rope};
+pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefill, rope};
 pub use probe::{stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerState, sample, start};
-pub use table::{Ids, Table, embed, head, table_repack};
+pub use step::{STEP_HEADER_WORDS, STEP_TOKEN_WORDS, StepTokens, step_token_words};
+pub use table::{Table, embed, head, table_repack};
 
-/// Most tokens of a `gptq_gemv`, `head` or `attn_decode` call.
+/// Most tokens of a `gptq_gemv` or `head` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
-/// Words of the decode state: position, token, step, length of the history.
-pub const STATE_WORDS: usize = 4;
-const STATE_POSITION: usize = 0;
-const STATE_TOKEN: usize = 1;
+/// Most tokens of a decode step, and of an `attn_decode` call.
+pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
+/// Words of the decode state: a `Step` with one token, step, length of the history.
+pub const STATE_WORDS: usize = 10;
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)

@@ -4,7 +4,7 @@ use super::super::Gpu;
 use super::super::buffer::{DevBuf, MappedTokens};
 use super::super::context::Stream;
 use super::super::ffi;
-use super::{STATE_POSITION, STATE_WORDS};
+use super::STATE_WORDS;
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::sampler::Sampling;
@@ -33,11 +33,6 @@ impl SamplerState {
             scratch: DevBuf::zeros(stream, "sampler scratch", vocab)?,
             tokens: MappedTokens::new(gpu, 64)?,
         })
-    }
-
-    /// Sets the position of the next call.
-    pub fn set_position(&mut self, stream: &Stream, position: usize) -> Result<()> {
-        self.state.upload(stream, STATE_POSITION, &[u32_of("position", position)?])
     }
 }
 

@@ -3,7 +3,7 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::STATE_TOKEN;
+use super::step::StepTokens;
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 
@@ -17,36 +17,17 @@ pub struct Table {
     pub hidden: usize,
 }
 
-/// Where `embed` finds its ids.
-#[derive(Clone, Copy)]
-pub enum Ids<'a> {
-    /// `[tokens]` u32, each below the vocabulary's size.
-    List(&'a DevBuf<u32>),
-    /// The token of the decode state.
-    State(&'a DevBuf<u32>),
-}
-
-/// `embed`: `x[m] = table[ids[m]]`, f32.
+/// `embed`: `x[m] = table[id of token m]`, f32.
 #[allow(unsafe_code)]
-pub fn embed(stream: &Stream, table: &Table, ids: Ids<'_>, tokens: usize, x: &mut DevBuf<f32>) -> Result<()> {
+pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut DevBuf<f32>) -> Result<()> {
     let op = "embed";
     table.units.require(op, table.vocab * table.hidden)?;
-    x.require(op, tokens * table.hidden)?;
-    let ids = match ids {
-        Ids::List(ids) => {
-            ids.require(op, tokens)?;
-            ids.ptr(stream)
-        }
-        Ids::State(state) => {
-            state.require(op, STATE_TOKEN + tokens)?;
-            state.ptr(stream).wrapping_add(STATE_TOKEN)
-        }
-    };
+    x.require(op, tokens.count * table.hidden)?;
     let params = ffi::EmbedParams {
         units: table.units.ptr(stream),
-        ids,
+        token: tokens.ptr(op, stream)?,
         x: x.ptr_mut(stream),
-        tokens: u32_of(op, tokens)?,
+        tokens: u32_of(op, tokens.count)?,
         hidden: u32_of(op, table.hidden)?,
         vocab: u32_of(op, table.vocab)?,
     };
