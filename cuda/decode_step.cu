@@ -20,6 +20,8 @@ constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 #endif
 constexpr uint32_t SUM_SLOTS = 4;     // strips whose sums wait for the storer
 constexpr uint32_t SUM_FLOATS = UNIT_ROWS * TOKENS;
+// Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
+constexpr uint32_t TURNS = PEREGRINE_STEP_TURNS;
 constexpr uint32_t NOT_READY = 0xffffffffu;  // two f16 NaN that no conversion gives
 constexpr float X_ONE = 16777216.f;   // residual: steps of 2^-24 above an 8 bit count of contributions
 constexpr float X_LIMIT = 1073741824.f;
@@ -34,6 +36,7 @@ struct Shared {
     float sums[SUM_SLOTS][CONSUMERS][SUM_FLOATS];
     uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
     float2 moments[2][CONSUMERS];
+    StepToken token[TOKENS];
     uint64_t full[STAGES], empty[STAGES];
     uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
 };
@@ -117,7 +120,8 @@ struct Args : DecodeStepParams {
     uint32_t qkv_size, wide_size;
     uint32_t qkv_tiles, wide_tiles;    // row tiles of [qkv ; up]; of [down | dense]
     uint32_t slices, head_tiles;
-    uint32_t qkv_half, wide_half;      // values of one half of `qkv` and `wide`
+    uint32_t qkv_turn, wide_turn;      // values of one turn of `qkv` and `wide`
+    AttnDecodeParams attn[PEREGRINE_STEP_LAYERS];
     float hidden_share;                // 1 / hidden
     float last_inputs, last_share;     // inputs of the last owner's units, and 1 / them
     explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
@@ -126,7 +130,10 @@ struct Args : DecodeStepParams {
         qkv_size = (heads + 2) * PEREGRINE_HEAD_DIM, wide_size = ffn + hidden;
         qkv_tiles = (qkv_size + ffn) / UNIT_ROWS, wide_tiles = hidden / UNIT_ROWS;
         slices = ffn / hidden + 1, head_tiles = vocab / UNIT_ROWS;
-        qkv_half = TOKENS * qkv_size, wide_half = TOKENS * wide_size;
+        qkv_turn = TOKENS * qkv_size, wide_turn = TOKENS * wide_size;
+        for (uint32_t l = 0; l < layers; l++)
+            attn[l] = {DecodeStepParams::qkv + l % TURNS * qkv_turn, layer[l].k_cache, layer[l].v_cache, table, step->token, nullptr,
+                       attn_partials, attn_arrivals, TOKENS, heads, 0, slots, max_context};
         hidden_share = 1.f / hidden;
         last_inputs = (units - (owners - 1) * WARP_UNITS) * UNIT_INPUTS, last_share = 1.f / last_inputs;
     }
@@ -137,6 +144,9 @@ __device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
     return min(GROUP_WARPS, p.owners - stage % p.groups * GROUP_WARPS);
 }
 
+// There are no more blocks than row tiles of [down | dense], so every block has a strip of each slice and of each part of [qkv ; up]: whoever
+// has all of a slice knows that every block has come as far.
+//
 // The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
 // of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
 // (attention's output), which has until then to be ready.
@@ -145,7 +155,7 @@ __device__ __forceinline__ uint32_t share(uint32_t block, uint32_t count) { retu
 __device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { return share(block, (p.slices - 1) * p.wide_tiles); }
 // First tile of a block, of the last slice. Together with the other run a block has its even share of all strips.
 __device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
-    return p.wide_tiles >= gridDim.x ? share(block, p.slices * p.wide_tiles) - first_run(p, block) : share(block, p.wide_tiles);
+    return share(block, p.slices * p.wide_tiles) - first_run(p, block);
 }
 // With more than one token: whose norm this block computes, or a number beyond them.
 __device__ __forceinline__ uint32_t norm_owner_of() {
@@ -154,7 +164,7 @@ __device__ __forceinline__ uint32_t norm_owner_of() {
 }
 // Where it is published: layers take turns, the last norm has a place of its own.
 __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
-    return p.normed + (layer == p.layers ? 2 : layer % 2) * TOKENS * p.hidden;
+    return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
 }
 
 // Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
@@ -176,6 +186,9 @@ __device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, 
     }
 }
 
+// A bit a stage: the parity of its next use, when the ring is about to reach `slot` at parity `phase`.
+__device__ __forceinline__ uint32_t slot_phases(uint32_t slot, uint32_t phase) { return (phase ? ~0u : 0u) ^ ((1u << slot) - 1); }
+
 // ---------------------------------------------------------------- producer
 
 template <bool ZEROS>
@@ -183,26 +196,32 @@ struct Producer {
     using S = Shared<ZEROS>;
     const Args& p;
     S& shared;
-    uint32_t stages, slot = 0, phase = 0, behind = 0, behind_phase = 0, issued = 0;
+    uint32_t stages;                    // the ring's; fewer in the head, see Consumer::head
+    uint32_t slot = 0, phases = 0;      // stage to fill next; a bit a stage: the parity of its next use
+    uint32_t behind = 0, in_flight = 0; // the oldest stage asked for that is not known to be here, and how many there are
+    uint32_t issued = 0;
 
-    __device__ __forceinline__ void next(uint32_t& slot, uint32_t& phase) const {
-        if (++slot == stages) slot = 0, phase ^= 1;
+    __device__ __forceinline__ void wait_oldest() {
+        barrier_wait(&shared.full[behind], phases >> behind & 1 ^ 1);
+        if (++behind == stages) behind = 0;
+        in_flight--;
+    }
+    __device__ __forceinline__ void wait_all() {
+        while (in_flight) wait_oldest();
     }
     // Asks for one stage; false when there turns out to be nothing to do.
     __device__ __forceinline__ bool push(const uint8_t* from, uint32_t bytes) {
-        if (issued == stages) {
+        if (issued++ == stages) {
             wait_previous();
             if (load_relaxed(&p.step->tokens) == 0) return false;
         }
-        if (issued >= IN_FLIGHT) {
-            barrier_wait(&shared.full[behind], behind_phase);
-            next(behind, behind_phase);
-        }
-        issued++;
-        barrier_wait(&shared.empty[slot], phase ^ 1);
+        if (in_flight == IN_FLIGHT) wait_oldest();
+        barrier_wait(&shared.empty[slot], phases >> slot & 1 ^ 1);
         barrier_expect(&shared.full[slot], bytes);
         bulk_copy(shared.ring[slot], from, bytes, &shared.full[slot]);
-        next(slot, phase);
+        phases ^= 1u << slot;
+        in_flight++;
+        if (++slot == stages) slot = 0;
         return true;
     }
     // A strip of p.units units of `bytes` each, `at_once` units a stage.
@@ -226,13 +245,11 @@ struct Producer {
     __device__ void run() {
         bool going = true;
         for (uint32_t i = 0; i < p.layers && going; i++) going = layer(p.layer[i]);
+        wait_all();
+        stages = stages / p.owners * p.owners, slot = behind = 0;
         for (uint32_t t = blockIdx.x; t < p.head_tiles && going; t += gridDim.x)
             going = strip(p.head + (size_t)t * p.units * TABLE_UNIT_BYTES, TABLE_UNIT_BYTES, WARP_UNITS);
-        // A block must not end while copies to its memory are under way.
-        while (behind != slot || behind_phase != phase) {
-            barrier_wait(&shared.full[behind], behind_phase);
-            next(behind, behind_phase);
-        }
+        wait_all();  // a block must not end while copies to its memory are under way
         wait_previous();
     }
 };
@@ -257,6 +274,11 @@ struct Consumer {
         const uint32_t stages = S::DEPTH * p.groups;
         slot += by;
         if (slot >= stages) slot -= stages, phase ^= 1;
+    }
+
+    static __device__ __forceinline__ void consumers_sync() {
+        __syncwarp();  // bar.sync is for whole warps
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
     }
 
     // Hands this warp's share of a strip's sums to the storer.
@@ -289,6 +311,13 @@ struct Consumer {
     __device__ __forceinline__ void norm_token(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
         const uint32_t lane = this->lane(), units = this->units(), count = 1 + layer * p.slices;
         const uint64_t* mine = residual + first() * UNIT_INPUTS;
+        float2 w[WARP_UNITS], b[WARP_UNITS];
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) {
+            const uint32_t e = (first() + i) * UNIT_INPUTS + 2 * lane;
+            w[i] = b[i] = make_float2(0.f, 0.f);
+            if (i < units) w[i] = load_here(weight + e), b[i] = load_here(bias + e);
+        }
         ulonglong2 r[WARP_UNITS];
         const auto load = [&] {
             bool complete = true;
@@ -303,13 +332,6 @@ struct Consumer {
         };
         const auto glance = [&] { return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count; };
         poll(p, Awaited::RESIDUAL, layer, glance, load);
-        float2 w[WARP_UNITS], b[WARP_UNITS];  // asked for here: the sums below hide their latency
-#pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) {
-            const uint32_t e = (first() + i) * UNIT_INPUTS + 2 * lane;
-            w[i] = b[i] = make_float2(0.f, 0.f);
-            if (i < units) w[i] = load_here(weight + e), b[i] = load_here(bias + e);
-        }
         float v[2 * WARP_UNITS];
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
@@ -343,7 +365,7 @@ struct Consumer {
         for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
         float2* parts = shared.moments[layer % 2];  // the other half may still be read
         if (lane() == 0) parts[warp()] = make_float2(own_mean, squares);
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
+        consumers_sync();
         float mean = 0.f, all_squares = 0.f;
         const auto inputs = [&](uint32_t w) { return w + 1 < p.owners ? FULL : w + 1 == p.owners ? p.last_inputs : 0.f; };
 #pragma unroll
@@ -357,9 +379,9 @@ struct Consumer {
     // x = norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself. More: the
     // blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
     __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
-        uint16_t* normed = normed_of(p, layer);
+        const uint32_t m = tokens == 1 ? 0 : norm_owner_of();
+        if (m < tokens) norm_token(residual + m * p.hidden, weight, bias, layer);
         if (tokens == 1) {
-            norm_token(residual, weight, bias, layer);
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
                 const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane() % 4 * 8);
@@ -371,14 +393,13 @@ struct Consumer {
             x.add_up();
             return;
         }
-        const uint32_t m = norm_owner_of();
-        if (m < tokens) {
-            norm_token(residual + (size_t)m * p.hidden, weight, bias, layer);
+        uint16_t* normed = normed_of(p, layer);
+        if (m < tokens)
             for (uint32_t i = lane(); i < units() * 32; i += 32)
                 store_relaxed(normed + m * p.hidden + first() * UNIT_INPUTS + 2 * i, shared.inputs[warp()][i]);
-            __syncwarp();
-        }
+        __syncwarp();
         load(normed, p.hidden, layer);
+        consumers_sync();  // as with one token: no warp is a layer ahead of another
     }
 
     // x = this warp's inputs of `stride` f16 a token, in the order of the operands: input 16 s + 8 h + 2 q + e of a unit at
@@ -410,13 +431,16 @@ struct Consumer {
         x.add_up();
     }
 
-    // Strips of the head's f16 table; each warp's units are a stage of their own.
+    // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
+    // could take the phase before the last for the one it waits for.
     __device__ __forceinline__ void head() {
-        slot -= warp() / GROUP_WARPS;  // from stages of a group to stages of a warp
-        advance(warp());
+        const uint32_t stages = S::DEPTH * p.groups / p.owners * p.owners;
+        slot -= warp() / GROUP_WARPS;  // the first stage of the next strip
+        uint32_t phases = slot_phases(slot, phase);
+        slot = warp();
 #pragma unroll 1
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
-            barrier_wait(&shared.full[slot], phase);
+            barrier_wait(&shared.full[slot], phases >> slot & 1);
             const uint8_t* unit = shared.ring[slot] + lane() * 16;
             float acc[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -435,7 +459,9 @@ struct Consumer {
             }
             __syncwarp();
             if (lane() == 0) barrier_arrive(&shared.empty[slot], readers(p, slot));
-            advance(p.owners);
+            phases ^= 1u << slot;
+            slot += p.owners;
+            if (slot >= stages) slot -= stages;
             hand_over(acc);
         }
     }
@@ -464,7 +490,7 @@ struct Consumer {
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
 #pragma unroll 1
             for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
-            const uint16_t* wide = p.wide + l % 2 * p.wide_half;
+            const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
             for_each_down_dense(p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip(); });
         }
         if (warp() < p.owners) head();
@@ -507,12 +533,12 @@ struct Storer {
         const uint32_t row = tile * UNIT_ROWS;
         if (m() >= tokens) return;
         if (row < p.qkv_size) {
-            uint16_t* to = p.qkv + layer % 2 * p.qkv_half + m() * p.qkv_size + row + 2 * q();
+            uint16_t* to = p.qkv + layer % TURNS * p.qkv_turn + m() * p.qkv_size + row + 2 * q();
             store_relaxed(to, low);
             store_relaxed(to + 8, high);
         } else {
             const uint32_t r = row - p.qkv_size;
-            store_relaxed(p.wide + layer % 2 * p.wide_half + m() * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + q() * 16 + r % UNIT_INPUTS / 4, low, high);
+            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m() * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + q() * 16 + r % UNIT_INPUTS / 4, low, high);
         }
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
@@ -522,7 +548,7 @@ struct Storer {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
             store(layer, t, NOT_READY, NOT_READY);
             if (t < p.wide_tiles && m() < tokens)
-                store_relaxed(p.wide + layer % 2 * p.wide_half + m() * p.wide_size + p.ffn + t * UNIT_ROWS + q() * 4, NOT_READY, NOT_READY);
+                store_relaxed(p.wide + layer % TURNS * p.wide_turn + m() * p.wide_size + p.ffn + t * UNIT_ROWS + q() * 4, NOT_READY, NOT_READY);
         }
         clear_normed(layer);
         __threadfence();
@@ -539,13 +565,12 @@ struct Storer {
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
             float4 sum = take();
-            if (t == blockIdx.x) {
-                if (layer > 0) clear(layer - 1);
-                else clear_normed(p.layers);  // of the step before
-            }
             if (t * UNIT_ROWS >= p.qkv_size) sum = make_float4(gelu(sum.x), gelu(sum.y), gelu(sum.z), gelu(sum.w));
             store(layer, t, pair(sum.x, sum.y), pair(sum.z, sum.w));
         }
+        // Here nobody waits for the storer: all wait for all of [qkv ; up].
+        if (layer > 0) clear(layer - 1);
+        else clear_normed(p.layers);  // of the step before
     }
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
         for_each_down_dense(
@@ -585,51 +610,54 @@ struct Storer {
 
 // ---------------------------------------------------------------- attention
 
-// Waits until the queries of an item, and the keys and values of its slot's tokens in this step, are there.
-__device__ __forceinline__ void await_qkv(const Args& p, uint32_t layer, const AttnItem& item, const AttnToken& token) {
-    const uint32_t lane = threadIdx.x % 32;
-    const uint16_t* qkv = p.qkv + layer % 2 * p.qkv_half;
-    const auto await = [&](uint32_t m, uint32_t head, uint32_t heads) {  // heads of 8 reads
-        const uint16_t* from = qkv + m * p.qkv_size + head * PEREGRINE_HEAD_DIM;
+// Reads of queries, keys and values, once they are there.
+struct FetchReady {
+    const Args& p;
+    uint32_t layer;
+    template <int N>
+    __device__ __forceinline__ void operator()(uint4 (&w)[N], const uint16_t* const (&at)[N]) const {
         poll(p, Awaited::QKV, layer, [] { return true; }, [&] {
             bool complete = true;
-            for (uint32_t i = lane; i < heads * 8; i += 32) complete &= ready(load_relaxed(reinterpret_cast<const uint4*>(from) + i));
+#pragma unroll
+            for (int i = 0; i < N; i++) w[i] = load_relaxed(reinterpret_cast<const uint4*>(at[i]));
+#pragma unroll
+            for (int i = 0; i < N; i++) complete &= ready(w[i]);
             return complete;
         });
-    };
-    await(item.token, item.head_tile * ATTN_ROWS, min(ATTN_ROWS, p.heads - item.head_tile * ATTN_ROWS));
-    for (uint32_t m = token.first; m <= item.token; m++) await(m, p.heads, 2);
-}
+    }
+};
 
-// Items are dealt out over the attention warps of all blocks; the same ones in every layer.
-__device__ __noinline__ void attention(const Args& p, uint32_t tokens) {
-    const uint32_t warp = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x, warps = (WARPS - ATTENTION) * gridDim.x;
+// Sixteen dims of a head, which is one unit: words as Consumer::load wants them.
+struct StoreWide {
+    const Args& p;
+    uint32_t layer;
+    __device__ __forceinline__ void operator()(uint32_t m, uint32_t head, uint32_t q, const uint32_t words[8]) const {
+        uint16_t* to = p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q * 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++) store_relaxed(to + i * 16, words[i], words[i + 4]);
+    }
+};
+
+// The items of all tokens, one after the other, are dealt out over the attention warps of all blocks; the same ones in every layer.
+template <bool ZEROS>
+__device__ __forceinline__ void attention(const Args& p, Shared<ZEROS>& shared, uint32_t tokens) {
+    if (threadIdx.x % 32 < tokens) shared.token[threadIdx.x % 32] = p.step->token[threadIdx.x % 32];  // each warp for itself
+    __syncwarp();
     const uint32_t tiles = attn_head_tiles(p.heads);
 #pragma unroll 1
-    for (uint32_t l = 0; l < p.layers; l++) {
-        const AttnDecodeParams a = {p.qkv + l % 2 * p.qkv_half, p.layer[l].k_cache, p.layer[l].v_cache, p.table, p.step->token, nullptr,
-                                    p.attn_partials, p.attn_arrivals, tokens, p.heads, 0, p.slots, p.max_context};
-        const auto fetch = [](const uint16_t* at) { return load_relaxed(reinterpret_cast<const uint4*>(at)); };
-        // Sixteen dims of a head, which is one unit: words as Consumer::load wants them.
-        const auto store = [&](uint32_t m, uint32_t head, uint32_t q, const uint32_t words[8]) {
-            uint16_t* to = p.wide + l % 2 * p.wide_half + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q * 4;
-#pragma unroll
-            for (int i = 0; i < 4; i++) store_relaxed(to + i * 16, words[i], words[i + 4]);
-        };
-        uint32_t before = 0;
+    for (uint32_t l = 0; l < p.layers; l++)
 #pragma unroll 1
-        for (uint32_t m = 0; m < tokens; m++) {
-            const AttnToken token = attn_token(a, m, a.token[m]);
-            const uint32_t items = tiles * attn_chunks(token.position);
-#pragma unroll 1
-            for (uint32_t i = (warp + warps - before % warps) % warps; i < items; i += warps) {
-                const AttnItem item = {m, i % tiles, i / tiles};
-                await_qkv(p, l, item, token);
-                attn_decode_item(a, item, token, fetch, store);
+        for (uint32_t item = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x;; item += (WARPS - ATTENTION) * gridDim.x) {
+            // Little stays in registers from item to item: attn_decode_item needs them all.
+            uint32_t m = 0, i = item;
+            for (; m < tokens; m++) {
+                const uint32_t items = tiles * attn_chunks(min(shared.token[m].position, p.max_context - 1));
+                if (i < items) break;
+                i -= items;
             }
-            before += items;
+            if (m == tokens) break;
+            attn_decode_item(p.attn[l], {m, i % tiles, i / tiles}, attn_token(p.attn[l], m, shared.token[m]), FetchReady{p, l}, StoreWide{p, l});
         }
-    }
 }
 
 // A warp multiplies WARP_UNITS units of every strip, without a branch; those the strip does not have are zeros that no copy touches.
@@ -675,7 +703,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
             Storer<ZEROS> storer{p, shared, tokens};
             storer.run(residual);
         } else {
-            attention(p, tokens);
+            attention(p, shared, tokens);
         }
     }
     __syncthreads();
@@ -710,6 +738,8 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
     const Args args(*p);
-    return p->has_zeros ? launch(decode_step_kernel<true>, dim3(p->blocks), THREADS, sizeof(Shared<true>), l, args)
-                        : launch(decode_step_kernel<false>, dim3(p->blocks), THREADS, sizeof(Shared<false>), l, args);
+    const dim3 grid(min(p->blocks, args.wide_tiles));
+    if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
+    return p->has_zeros ? launch(decode_step_kernel<true>, grid, THREADS, sizeof(Shared<true>), l, args)
+                        : launch(decode_step_kernel<false>, grid, THREADS, sizeof(Shared<false>), l, args);
 }

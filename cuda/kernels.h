@@ -25,7 +25,7 @@ extern "C" {
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 8       // most ids that end a generation
-#define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
+#define PEREGRINE_ATTN_CHUNK 64    // keys one warp of attn_decode takes
 
 struct CUstream_st;
 
@@ -186,6 +186,7 @@ typedef struct HeadParams {
 int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
+#define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn
 
 // What a decode step reads of one layer.
 typedef struct DecodeLayer {
@@ -213,9 +214,9 @@ typedef struct DecodeStepParams {
     const float* table;         // [max_context, 32, 2]: cos and sin
     const Step* step;
     uint64_t* x;                // [2, 8, hidden]: zero before the first call
-    uint16_t* qkv;              // [2, 8, (heads + 2) * 64] f16: all bits set before the first call
-    uint16_t* wide;             // [2, 8, ffn + hidden] f16: all bits set before the first call
-    uint16_t* normed;           // [3, 8, hidden] f16: all bits set before the first call
+    uint16_t* qkv;              // [TURNS, 8, (heads + 2) * 64] f16: all bits set before the first call
+    uint16_t* wide;             // [TURNS, 8, ffn + hidden] f16: all bits set before the first call
+    uint16_t* normed;           // [TURNS + 1, 8, hidden] f16: all bits set before the first call
     float* attn_partials;       // as in AttnDecodeParams
     uint32_t* attn_arrivals;
     uint32_t* epoch;            // [2]: which half of x is this step's, and blocks that are done; zero before the first call

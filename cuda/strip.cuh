@@ -11,24 +11,18 @@ struct StripInputs {
     uint32_t b[UNITS][2 * STEPS];
     float2 offset[UNITS][SCALES];
 
-    // From b. In a fixed order.
+    // From b: a product with ones, whose rows are all the sums. The tensor core does it in a tenth of the instructions.
     __device__ __forceinline__ void add_up() {
         constexpr float ZERO = (ZEROS ? -1.f : -8.f) / CODE_LOW_SCALE;
-        const uint32_t q = threadIdx.x % 4;
+        constexpr uint32_t ONES[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
-                float sum = 0.f;
+                float c[2][4] = {};
 #pragma unroll
-                for (int j = h * 2 * STEPS / SCALES; j < (h + 1) * 2 * STEPS / SCALES; j++) {
-                    const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&b[i][j]));
-                    sum += f.x + f.y;
-                }
-                sum += __shfl_xor_sync(~0u, sum, 1);
-                sum += __shfl_xor_sync(~0u, sum, 2);
-                // Token t's sum is in lanes 4 t ..; this lane's accumulators are of tokens 2 q and 2 q + 1.
-                offset[i][h] = make_float2(ZERO * __shfl_sync(~0u, sum, 8 * q), ZERO * __shfl_sync(~0u, sum, 8 * q + 4));
+                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) mma(c[s % 2], ONES, b[i][2 * s], b[i][2 * s + 1]);
+                offset[i][h] = make_float2(ZERO * (c[0][0] + c[1][0]), ZERO * (c[0][1] + c[1][1]));
             }
     }
 };
