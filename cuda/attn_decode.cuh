@@ -24,7 +24,7 @@
 // 0, rounds are 32 keys: a token's result depends on its own context only, not on who is in the call with it.
 //
 // An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in
-// chunk order. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes items rounds alike.
+// chunk order, many of them in runs. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes items rounds alike.
 //
 // A kernel of 512 threads has 128 registers a thread, and that is what this is cut to: no spills there on sm_90a, with a fetch that
 // polls.
@@ -34,6 +34,10 @@
 
 constexpr uint32_t ATTN_ROWS = 16;             // heads of an item
 constexpr uint32_t ATTN_ROUND = 32;            // keys of a round
+constexpr uint32_t ATTN_FLAT = 8;              // chunks that are merged at once
+constexpr uint32_t ATTN_RUNS = 4;              // runs that more are merged in; of at most 31 chunks
+constexpr uint32_t ATTN_FLAT = 8;              // chunks that are merged at once
+constexpr uint32_t ATTN_RUNS = 4;              // runs that more chunks are merged in, of at most 31
 constexpr uint32_t ATTN_STATE_QUADS = 9;       // float4 of a lane's state
 constexpr uint32_t ATTN_STATE_FLOATS = 32 * 4 * ATTN_STATE_QUADS;
 
@@ -305,42 +309,65 @@ __device__ __forceinline__ void merge(AttnState& state, const AttnQuads& other) 
     }
 }
 
-// Counts one up and gives what was there; what this warp wrote before is seen by whoever finds it counted.
-__device__ __forceinline__ uint32_t arrive(uint32_t* counter) {
+// Counts up and gives what was there; what this warp wrote before is seen by whoever finds it counted.
+__device__ __forceinline__ uint32_t arrive(uint32_t* word, uint32_t amount) {
     uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(amount) : "memory");
     return before;
 }
 
-// Leaves the item's state for whoever arrives last. True for that one, whose state then is the whole token's.
-__device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, uint32_t chunks) {
-    const uint32_t lane = threadIdx.x % 32;
-    const uint32_t group = item.token * attn_head_tiles(p.heads) + item.head_tile;
-    float4* partials = reinterpret_cast<float4*>(p.partials + (size_t)group * attn_chunks(p.max_context - 1) * ATTN_STATE_FLOATS) + lane;
-    constexpr uint32_t chunk_quads = ATTN_STATE_FLOATS / 4;
-    float4* mine = partials + item.chunk * chunk_quads;
+__device__ __forceinline__ void store_state(float4* to, const AttnState& state) {
 #pragma unroll
-    for (int j = 0; j < 8; j++) mine[j * 32] = make_float4(state.out[j][0], state.out[j][1], state.out[j][2], state.out[j][3]);
-    mine[8 * 32] = make_float4(state.sum[0], state.sum[1], state.top[0], state.top[1]);
-    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
-    __syncwarp();
-    uint32_t arrived = 0;
-    if (lane == 0) arrived = arrive(p.arrivals + group);
-    __syncwarp();
-    if (__shfl_sync(~0u, arrived, 0) != chunks - 1) return false;
-    if (lane == 0) p.arrivals[group] = 0;
+    for (int j = 0; j < 8; j++) to[j * 32] = make_float4(state.out[j][0], state.out[j][1], state.out[j][2], state.out[j][3]);
+    to[8 * 32] = make_float4(state.sum[0], state.sum[1], state.top[0], state.top[1]);
+}
+
+// Merges `count` states, `stride` chunks apart, in order. Two are under way: one's latency is the cost of a merge.
+__device__ __forceinline__ void merge_states(AttnState& state, const float4* from, uint32_t count, uint32_t stride) {
+    constexpr uint32_t quads = ATTN_STATE_FLOATS / 4;
     clear(state);
-    // Two chunks under way: one's latency is the cost of a merge.
     AttnQuads even, odd;
-    load_quads(even, partials);
+    load_quads(even, from);
 #pragma unroll 1
-    for (uint32_t c = 1; c < chunks; c += 2) {
-        load_quads(odd, partials + c * chunk_quads);
+    for (uint32_t i = 1; i < count; i += 2) {
+        load_quads(odd, from + i * stride * quads);
         merge(state, even);
-        load_quads(even, partials + min(c + 1, chunks - 1) * chunk_quads);  // behind the last: any that is there
+        load_quads(even, from + min(i + 1, count - 1) * stride * quads);  // behind the last: any that is there
         merge(state, odd);
     }
-    if (chunks % 2) merge(state, even);
+    if (count % 2) merge(state, even);
+}
+
+// Counts one arrival in a field of the group's word; true, for all lanes, if it is the last of `wanted`.
+__device__ __forceinline__ bool arrive_last(uint32_t* word, uint32_t shift, uint32_t mask, uint32_t wanted) {
+    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
+    __syncwarp();
+    uint32_t before = 0;
+    if (threadIdx.x % 32 == 0) before = arrive(word, 1u << shift);
+    __syncwarp();
+    return (__shfl_sync(~0u, before, 0) >> shift & mask) == wanted - 1;
+}
+
+// Leaves the item's state for whoever arrives last. True for that one, whose state then is the whole token's. Many chunks are merged
+// in ATTN_RUNS runs side by side, and then those: one warp would need a round trip for every two.
+__device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, uint32_t chunks) {
+    const uint32_t group = item.token * attn_head_tiles(p.heads) + item.head_tile;
+    float4* partials = reinterpret_cast<float4*>(p.partials + (size_t)group * attn_chunks(p.max_context - 1) * ATTN_STATE_FLOATS) +
+                       threadIdx.x % 32;
+    const uint32_t run = chunks <= ATTN_FLAT ? 1 : (chunks + ATTN_RUNS - 1) / ATTN_RUNS;
+    uint32_t* word = p.arrivals + group;  // five bits for each run, then a count of runs
+    store_state(partials + item.chunk * (ATTN_STATE_FLOATS / 4), state);
+    if (run > 1) {
+        const uint32_t index = item.chunk / run, first = index * run, count = min(run, chunks - first);
+        if (!arrive_last(word, 5 * index, 31, count)) return false;
+        float4* own = partials + first * (ATTN_STATE_FLOATS / 4);
+        merge_states(state, own, count, 1);
+        store_state(own, state);
+    }
+    const uint32_t runs = (chunks + run - 1) / run;
+    if (!arrive_last(word, 5 * ATTN_RUNS, ~0u, runs)) return false;
+    if (threadIdx.x % 32 == 0) *word = 0;
+    merge_states(state, partials, runs, run);
     return true;
 }
 

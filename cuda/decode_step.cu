@@ -16,10 +16,10 @@ constexpr uint32_t WARP_UNITS = 6;    // most units of a strip a warp owns
 constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
 constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 4
+#define IN_FLIGHT 1
 #endif
-constexpr uint32_t SUM_SLOTS = 4;     // strips whose sums wait for the storer
-constexpr uint32_t SUM_FLOATS = UNIT_ROWS * TOKENS;
+constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
+constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
 // Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
 constexpr uint32_t TURNS = PEREGRINE_STEP_TURNS;
 constexpr uint32_t NOT_READY = 0xffffffffu;  // two f16 NaN that no conversion gives
@@ -33,7 +33,7 @@ struct Shared {
     static constexpr uint32_t DEPTH = ZEROS ? 4 : 5;  // strips in the ring
     static constexpr uint32_t STAGES = DEPTH * CONSUMERS / GROUP_WARPS;
     uint8_t ring[STAGES][STAGE_BYTES];
-    float sums[SUM_SLOTS][CONSUMERS][SUM_FLOATS];
+    float sums[SUM_SLOTS][CONSUMERS][TOKENS * SUM_STRIDE];
     uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
     float2 moments[2][CONSUMERS];
     StepToken token[TOKENS];
@@ -85,7 +85,10 @@ __device__ __forceinline__ float2 load_here(const float* p) {
 
 // A contribution to the residual: the value in steps of 2^-24 above the count 1.
 __device__ __forceinline__ uint64_t contribution(float v) { return ((uint64_t)__float2ll_rn(v * X_ONE) << 8) + 1; }
-__device__ __forceinline__ float residual_value(uint64_t v) { return __ll2float_rn((int64_t)v >> 8) * (1.f / X_ONE); }
+// Integer part and fraction apart: a conversion of 64 bits takes eight times as long as one of 32.
+__device__ __forceinline__ float residual_value(uint64_t v) {
+    return __int2float_rn((int32_t)(v >> 32)) + __uint2float_rn((uint32_t)v & ~255u) * 0x1p-32f;
+}
 
 enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
 
@@ -186,70 +189,93 @@ __device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, 
     }
 }
 
-// A bit a stage: the parity of its next use, when the ring is about to reach `slot` at parity `phase`.
-__device__ __forceinline__ uint32_t slot_phases(uint32_t slot, uint32_t phase) { return (phase ? ~0u : 0u) ^ ((1u << slot) - 1); }
+// Stage `turn` of a group; the stages of a strip lie side by side.
+__device__ __forceinline__ uint32_t stage_of(const Args& p, uint32_t turn, uint32_t group) { return turn * p.groups + group; }
+
+// A bit a stage of a group: the parity of its next use, when the ring is about to reach `turn` at parity `phase`.
+__device__ __forceinline__ uint32_t turn_phases(uint32_t turn, uint32_t phase) { return (phase ? ~0u : 0u) ^ ((1u << turn) - 1); }
 
 // ---------------------------------------------------------------- producer
 
+// Lane g keeps the ring of group g full: a lane that filled all, one after the other, took 400 cycles a stage and could not catch up
+// after a wait.
 template <bool ZEROS>
 struct Producer {
     using S = Shared<ZEROS>;
     const Args& p;
     S& shared;
-    uint32_t stages;                    // the ring's; fewer in the head, see Consumer::head
-    uint32_t slot = 0, phases = 0;      // stage to fill next; a bit a stage: the parity of its next use
-    uint32_t behind = 0, in_flight = 0; // the oldest stage asked for that is not known to be here, and how many there are
-    uint32_t issued = 0;
+    uint32_t turns = S::DEPTH;               // stages of the ring; fewer in the head, see Consumer::head
+    uint32_t turn = 0, phase = 0;            // stage to fill next, and the parity of its next use
+    uint32_t behind = 0, behind_phase = 0;   // the oldest stage asked for that is not known to be here,
+    uint32_t in_flight = 0, issued = 0;      // and how many there are
+
+    static __device__ __forceinline__ uint32_t group() { return threadIdx.x % 32; }
 
     __device__ __forceinline__ void wait_oldest() {
-        barrier_wait(&shared.full[behind], phases >> behind & 1 ^ 1);
-        if (++behind == stages) behind = 0;
+        barrier_wait(&shared.full[stage_of(p, behind, group())], behind_phase);
+        if (++behind == turns) behind = 0, behind_phase ^= 1;
         in_flight--;
-    }
-    __device__ __forceinline__ void wait_all() {
-        while (in_flight) wait_oldest();
     }
     // Asks for one stage; false when there turns out to be nothing to do.
     __device__ __forceinline__ bool push(const uint8_t* from, uint32_t bytes) {
-        if (issued++ == stages) {
+        if (issued++ == S::DEPTH) {
             wait_previous();
             if (load_relaxed(&p.step->tokens) == 0) return false;
         }
         if (in_flight == IN_FLIGHT) wait_oldest();
-        barrier_wait(&shared.empty[slot], phases >> slot & 1 ^ 1);
-        barrier_expect(&shared.full[slot], bytes);
-        bulk_copy(shared.ring[slot], from, bytes, &shared.full[slot]);
-        phases ^= 1u << slot;
+        const uint32_t stage = stage_of(p, turn, group());
+        barrier_wait(&shared.empty[stage], phase ^ 1);
+        barrier_expect(&shared.full[stage], bytes);
+        bulk_copy(shared.ring[stage], from, bytes, &shared.full[stage]);
         in_flight++;
-        if (++slot == stages) slot = 0;
+        if (++turn == turns) turn = 0, phase ^= 1;
         return true;
     }
-    // A strip of p.units units of `bytes` each, `at_once` units a stage.
-    __device__ __forceinline__ bool strip(const uint8_t* from, uint32_t bytes, uint32_t at_once) {
-        bool going = true;
-        for (uint32_t u = 0; u < p.units && going; u += at_once)
-            going = push(from + (size_t)u * bytes, min(at_once, p.units - u) * bytes);
-        return going;
-    }
     __device__ __forceinline__ bool layer(const DecodeLayer& l) {
+        const uint32_t first = group() * GROUP_UNITS, bytes = min(GROUP_UNITS, p.units - first) * S::BYTES;
         bool going = true;
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles && going; t += gridDim.x)
-            going = strip(l.qkv_up + (size_t)t * p.units * S::BYTES, S::BYTES, GROUP_UNITS);
+            going = push(l.qkv_up + (size_t)(t * p.units + first) * S::BYTES, bytes);
         for_each_down_dense(
             p, [](uint32_t) {},
             [&](uint32_t tile, uint32_t slice) {
-                if (going) going = strip(l.down_dense + (size_t)(tile * p.slices + slice) * p.units * S::BYTES, S::BYTES, GROUP_UNITS);
+                if (going) going = push(l.down_dense + (size_t)((tile * p.slices + slice) * p.units + first) * S::BYTES, bytes);
             });
         return going;
     }
     __device__ void run() {
         bool going = true;
         for (uint32_t i = 0; i < p.layers && going; i++) going = layer(p.layer[i]);
-        wait_all();
-        stages = stages / p.owners * p.owners, slot = behind = 0;
+        while (in_flight) wait_oldest();
+        // The head: a stage for each warp of the group.
+        const uint32_t first_warp = group() * GROUP_WARPS, warps = readers(p, group());
+        turns = S::DEPTH / warps * warps;
+        uint32_t phases = turn_phases(turn, phase);
+        turn = 0;
         for (uint32_t t = blockIdx.x; t < p.head_tiles && going; t += gridDim.x)
-            going = strip(p.head + (size_t)t * p.units * TABLE_UNIT_BYTES, TABLE_UNIT_BYTES, WARP_UNITS);
-        wait_all();  // a block must not end while copies to its memory are under way
+            for (uint32_t w = first_warp; w < first_warp + warps && going; w++) {
+                const uint32_t unit = w * WARP_UNITS, bytes = min(WARP_UNITS, p.units - unit) * TABLE_UNIT_BYTES;
+                phase = phases >> turn & 1;
+                if (in_flight == IN_FLIGHT) {
+                    barrier_wait(&shared.full[stage_of(p, behind, group())], phases >> behind & 1 ^ 1);
+                    if (++behind == turns) behind = 0;
+                    in_flight--;
+                } else if (in_flight == 0) {
+                    behind = turn;
+                }
+                const uint32_t stage = stage_of(p, turn, group());
+                barrier_wait(&shared.empty[stage], phase ^ 1);
+                barrier_expect(&shared.full[stage], bytes);
+                bulk_copy(shared.ring[stage], p.head + ((size_t)t * p.units + unit) * TABLE_UNIT_BYTES, bytes, &shared.full[stage]);
+                in_flight++;
+                phases ^= 1u << turn;
+                if (++turn == turns) turn = 0;
+            }
+        // A block must not end while copies to its memory are under way.
+        for (; in_flight; in_flight--) {
+            barrier_wait(&shared.full[stage_of(p, behind, group())], phases >> behind & 1 ^ 1);
+            if (++behind == turns) behind = 0;
+        }
         wait_previous();
     }
 };
@@ -261,7 +287,7 @@ struct Consumer {
     using S = Shared<ZEROS>;
     const Args& p;
     S& shared;
-    uint32_t tokens, slot, phase = 0, sums = 0;
+    uint32_t tokens, turn = 0, phase = 0, slot = 0, slot_phase = 0;
     StripInputs<WARP_UNITS, 1, ZEROS> x;
 
     static __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
@@ -270,40 +296,36 @@ struct Consumer {
     __device__ __forceinline__ uint32_t first() const { return min(warp() * WARP_UNITS, p.units); }
     __device__ __forceinline__ uint32_t units() const { return min(first() + WARP_UNITS, p.units) - first(); }
 
-    __device__ __forceinline__ void advance(uint32_t by) {
-        const uint32_t stages = S::DEPTH * p.groups;
-        slot += by;
-        if (slot >= stages) slot -= stages, phase ^= 1;
-    }
-
     static __device__ __forceinline__ void consumers_sync() {
         __syncwarp();  // bar.sync is for whole warps
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
     }
 
-    // Hands this warp's share of a strip's sums to the storer.
-    __device__ __forceinline__ void hand_over(const float acc[4]) {
-        const uint32_t at = sums % SUM_SLOTS;
-        barrier_wait(&shared.sums_empty[at], sums / SUM_SLOTS % 2 ^ 1);
-        float* to = &shared.sums[at][warp()][lane() * 2];  // row l / 4, tokens 2 (l % 4), + 1
-        *reinterpret_cast<float2*>(to) = make_float2(acc[0], acc[1]);
-        *reinterpret_cast<float2*>(to + 8 * TOKENS) = make_float2(acc[2], acc[3]);
+    // Hands this warp's share of a strip's sums to the storer, and then the strip's stage back to the producer: not earlier, since an
+    // arrival may overtake reads whose values nobody has needed yet.
+    template <bool SINGLE>
+    __device__ __forceinline__ void hand_over(const float acc[4], uint32_t stage, uint32_t arrivals) {
+        const uint32_t token = lane() % 4 * 2;
+        barrier_wait(&shared.sums_empty[slot], slot_phase ^ 1);
+        float* to = &shared.sums[slot][warp()][token * SUM_STRIDE + lane() / 4];
+        if (token < tokens) to[0] = acc[0], to[8] = acc[2];
+        if (!SINGLE && token + 1 < tokens) to[SUM_STRIDE] = acc[1], to[SUM_STRIDE + 8] = acc[3];
         __syncwarp();
-        if (lane() == 0) barrier_arrive(&shared.sums_full[at]);
-        sums++;
+        if (lane() == 0) barrier_arrive(&shared.sums_full[slot]), barrier_arrive(&shared.empty[stage], arrivals);
+        if (++slot == SUM_SLOTS) slot = 0, slot_phase ^= 1;
     }
 
+    template <bool SINGLE>
     __device__ __forceinline__ void strip() {
-        barrier_wait(&shared.full[slot], phase);
+        const uint32_t stage = stage_of(p, turn, warp() / GROUP_WARPS);
+        barrier_wait(&shared.full[stage], phase);
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        const uint8_t* units = shared.ring[slot] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES;
+        const uint8_t* units = shared.ring[stage] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES;
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) multiply_unit(acc, units + i * S::BYTES, x, i, lane());
+        for (int i = 0; i < WARP_UNITS; i++) multiply_unit<SINGLE>(acc, units + i * S::BYTES, x, i, lane());
         scale_rows(acc);
-        __syncwarp();
-        if (lane() == 0) barrier_arrive(&shared.empty[slot]);
-        advance(p.groups);
-        hand_over(acc);
+        hand_over<SINGLE>(acc, stage, 1);
+        if (++turn == S::DEPTH) turn = 0, phase ^= 1;
     }
 
     // Norm of one token's residual, of which this warp has the inputs of its own units: leaves them in shared.inputs, in the order that
@@ -348,7 +370,7 @@ struct Consumer {
     }
 
     // Mean and 1 / standard deviation of a token whose inputs the consumers hold. Each warp's squares are about the warp's own mean;
-    // they are joined as Chan et al. (1979) do it, in warp order.
+    // they are joined as Chan et al. (1979) do it, in a fixed tree.
     __device__ __forceinline__ float2 all_moments(uint32_t layer, const float v[2 * WARP_UNITS]) {
         constexpr float FULL = WARP_UNITS * UNIT_INPUTS;
         const bool last = warp() + 1 == p.owners;
@@ -366,22 +388,27 @@ struct Consumer {
         float2* parts = shared.moments[layer % 2];  // the other half may still be read
         if (lane() == 0) parts[warp()] = make_float2(own_mean, squares);
         consumers_sync();
-        float mean = 0.f, all_squares = 0.f;
-        const auto inputs = [&](uint32_t w) { return w + 1 < p.owners ? FULL : w + 1 == p.owners ? p.last_inputs : 0.f; };
+        // Lane w has warp w's part.
+        const uint32_t w = lane() % 16;
+        const float inputs = w + 1 < p.owners ? FULL : w + 1 == p.owners ? p.last_inputs : 0.f;
+        const float2 part = parts[min(w, CONSUMERS - 1)];
+        float mean = inputs * part.x;
 #pragma unroll
-        for (int w = 0; w < CONSUMERS; w++) mean += inputs(w) * parts[w].x;
+        for (int step = 8; step; step /= 2) mean += __shfl_xor_sync(~0u, mean, step);
         mean *= p.hidden_share;
+        float all_squares = w < p.owners ? part.y + inputs * (part.x - mean) * (part.x - mean) : 0.f;
 #pragma unroll
-        for (int w = 0; w < CONSUMERS; w++) all_squares += parts[w].y + inputs(w) * (parts[w].x - mean) * (parts[w].x - mean);
+        for (int step = 8; step; step /= 2) all_squares += __shfl_xor_sync(~0u, all_squares, step);
         return make_float2(mean, rsqrtf(all_squares * p.hidden_share + p.epsilon));
     }
 
     // x = norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself. More: the
     // blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
+    template <bool SINGLE>
     __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
-        const uint32_t m = tokens == 1 ? 0 : norm_owner_of();
-        if (m < tokens) norm_token(residual + m * p.hidden, weight, bias, layer);
-        if (tokens == 1) {
+        const uint32_t m = SINGLE ? 0 : norm_owner_of();
+        if (SINGLE || m < tokens) norm_token(residual + m * p.hidden, weight, bias, layer);
+        if (SINGLE) {
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
                 const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane() % 4 * 8);
@@ -434,14 +461,14 @@ struct Consumer {
     // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
     // could take the phase before the last for the one it waits for.
     __device__ __forceinline__ void head() {
-        const uint32_t stages = S::DEPTH * p.groups / p.owners * p.owners;
-        slot -= warp() / GROUP_WARPS;  // the first stage of the next strip
-        uint32_t phases = slot_phases(slot, phase);
-        slot = warp();
+        const uint32_t group = warp() / GROUP_WARPS, warps = readers(p, group), turns = S::DEPTH / warps * warps;
+        uint32_t phases = turn_phases(turn, phase);
+        turn = warp() % GROUP_WARPS;
 #pragma unroll 1
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
-            barrier_wait(&shared.full[slot], phases >> slot & 1);
-            const uint8_t* unit = shared.ring[slot] + lane() * 16;
+            const uint32_t stage = stage_of(p, turn, group);
+            barrier_wait(&shared.full[stage], phases >> turn & 1);
+            const uint8_t* unit = shared.ring[stage] + lane() * 16;
             float acc[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
@@ -457,12 +484,10 @@ struct Consumer {
 #pragma unroll
                 for (int j = 0; j < 4; j++) acc[j] += c[j];
             }
-            __syncwarp();
-            if (lane() == 0) barrier_arrive(&shared.empty[slot], readers(p, slot));
-            phases ^= 1u << slot;
-            slot += p.owners;
-            if (slot >= stages) slot -= stages;
-            hand_over(acc);
+            hand_over<false>(acc, stage, warps);
+            phases ^= 1u << turn;
+            turn += warps;
+            if (turn >= turns) turn -= turns;
         }
     }
 
@@ -479,19 +504,20 @@ struct Consumer {
         }
     }
 
+    // SINGLE: there is one token.
+    template <bool SINGLE>
     __device__ void run(uint64_t* residual, uint64_t* next) {
-        slot = warp() / GROUP_WARPS;
         embed(residual, next);
 #pragma unroll 1
         for (uint32_t l = 0;; l++) {
             const bool last = l == p.layers;
-            norm(residual, last ? p.final_weight : p.layer[l].norm_weight, last ? p.final_bias : p.layer[l].norm_bias, l);
+            norm<SINGLE>(residual, last ? p.final_weight : p.layer[l].norm_weight, last ? p.final_bias : p.layer[l].norm_bias, l);
             if (last) break;
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
 #pragma unroll 1
-            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
+            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip<SINGLE>();
             const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
-            for_each_down_dense(p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip(); });
+            for_each_down_dense(p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip<SINGLE>(); });
         }
         if (warp() < p.owners) head();
     }
@@ -499,75 +525,76 @@ struct Consumer {
 
 // ---------------------------------------------------------------- storer
 
-// Adds the consumers' sums in warp order and sends them where they belong. Lane (m, q) has rows 2q, 2q + 1, 2q + 8, 2q + 9 of token m.
+// Adds the consumers' sums and sends them where they belong.
 template <bool ZEROS>
 struct Storer {
     using S = Shared<ZEROS>;
     const Args& p;
     S& shared;
-    uint32_t tokens, sums = 0;
+    uint32_t tokens, slot = 0, phase = 0;
     bool broken = false;  // a sum was not a number or beyond the residual's range
 
-    static __device__ __forceinline__ uint32_t m() { return threadIdx.x % 32 / 4; }
-    static __device__ __forceinline__ uint32_t q() { return threadIdx.x % 4; }
+    static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
 
-    __device__ __forceinline__ float4 take() {
-        const uint32_t at = sums % SUM_SLOTS;
-        barrier_wait(&shared.sums_full[at], sums / SUM_SLOTS % 2);
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        const float* from = shared.sums[at][0] + 2 * q() * TOKENS + m();
-        if (m() < tokens) {
-#pragma unroll 4
-            for (uint32_t w = 0; w < p.owners; w++, from += SUM_FLOATS) {
-                sum.x += from[0], sum.y += from[TOKENS];
-                sum.z += from[8 * TOKENS], sum.w += from[9 * TOKENS];
+    // Calls send(token, row, sum, active) for each output of the next strip, on all lanes together; `active` says whether there is one.
+    // The order of the sum is the same whatever the number of tokens.
+    template <typename Send>
+    __device__ __forceinline__ void take(Send send) {
+        barrier_wait(&shared.sums_full[slot], phase);
+        for (uint32_t first = 0; first < tokens * UNIT_ROWS; first += 32) {
+            const uint32_t m = (first + lane()) / UNIT_ROWS, row = lane() % UNIT_ROWS;
+            const float* from = shared.sums[slot][0] + m * SUM_STRIDE + row;
+            float low = 0.f, high = 0.f;  // of warps that have no units: zeros
+            if (m < tokens) {
+#pragma unroll
+                for (int w = 0; w < CONSUMERS / 2; w++) low += from[w * TOKENS * SUM_STRIDE];
+#pragma unroll
+                for (int w = CONSUMERS / 2; w < CONSUMERS; w++) high += from[w * TOKENS * SUM_STRIDE];
             }
+            send(m, row, low + high, m < tokens);
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&shared.sums_empty[at]);
-        sums++;
-        return sum;
+        if (lane() == 0) barrier_arrive(&shared.sums_empty[slot]);
+        if (++slot == SUM_SLOTS) slot = 0, phase ^= 1;
     }
-    // Rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest as `Consumer::load` wants them.
-    __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t low, uint32_t high) const {
-        const uint32_t row = tile * UNIT_ROWS;
-        if (m() >= tokens) return;
-        if (row < p.qkv_size) {
-            uint16_t* to = p.qkv + layer % TURNS * p.qkv_turn + m() * p.qkv_size + row + 2 * q();
-            store_relaxed(to, low);
-            store_relaxed(to + 8, high);
+    // Two neighbouring rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest as `Consumer::load` wants them.
+    __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t m, uint32_t row, uint32_t pair) const {
+        const uint32_t first = tile * UNIT_ROWS;
+        if (first < p.qkv_size) {
+            store_relaxed(p.qkv + layer % TURNS * p.qkv_turn + m * p.qkv_size + first + row, pair);
         } else {
-            const uint32_t r = row - p.qkv_size;
-            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m() * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + q() * 16 + r % UNIT_INPUTS / 4, low, high);
+            const uint32_t r = first - p.qkv_size;
+            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + r % UNIT_INPUTS / 4 +
+                              row % 8 * 8 + row / 8 * 2, pair);
         }
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
     // of it are in the residual that the layer under way began with. The fence: whoever sees what this block writes from here on
     // sees the marks too.
     __device__ __forceinline__ void clear(uint32_t layer) const {
-        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
-            store(layer, t, NOT_READY, NOT_READY);
-            if (t < p.wide_tiles && m() < tokens)
-                store_relaxed(p.wide + layer % TURNS * p.wide_turn + m() * p.wide_size + p.ffn + t * UNIT_ROWS + q() * 4, NOT_READY, NOT_READY);
-        }
+        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
+            for (uint32_t i = lane(); i < tokens * UNIT_ROWS / 2; i += 32) {
+                const uint32_t m = i / (UNIT_ROWS / 2), row = i % (UNIT_ROWS / 2) * 2;
+                store(layer, t, m, row, NOT_READY);
+                if (t < p.wide_tiles)
+                    store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + t * UNIT_ROWS + row, NOT_READY);
+            }
         clear_normed(layer);
         __threadfence();
     }
     __device__ __forceinline__ void clear_normed(uint32_t layer) const {
         const uint32_t owned = norm_owner_of();
         if (owned >= TOKENS) return;
-        for (uint32_t i = threadIdx.x % 32; i < p.hidden / 2; i += 32) store_relaxed(normed_of(p, layer) + owned * p.hidden + 2 * i, NOT_READY);
-    }
-    static __device__ __forceinline__ uint32_t pair(float a, float b) {
-        const __half2 h = __floats2half2_rn(a, b);
-        return *reinterpret_cast<const uint32_t*>(&h);
+        for (uint32_t i = lane(); i < p.hidden / 2; i += 32) store_relaxed(normed_of(p, layer) + owned * p.hidden + 2 * i, NOT_READY);
     }
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
-        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
-            float4 sum = take();
-            if (t * UNIT_ROWS >= p.qkv_size) sum = make_float4(gelu(sum.x), gelu(sum.y), gelu(sum.z), gelu(sum.w));
-            store(layer, t, pair(sum.x, sum.y), pair(sum.z, sum.w));
-        }
+        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
+            take([&](uint32_t m, uint32_t row, float sum, bool active) {
+                if (t * UNIT_ROWS >= p.qkv_size) sum = gelu(sum);
+                const float next = __shfl_down_sync(~0u, sum, 1);
+                const __half2 pair = __floats2half2_rn(sum, next);
+                if (active && row % 2 == 0) store(layer, t, m, row, *reinterpret_cast<const uint32_t*>(&pair));
+            });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].
         if (layer > 0) clear(layer - 1);
         else clear_normed(p.layers);  // of the step before
@@ -576,12 +603,11 @@ struct Storer {
         for_each_down_dense(
             p, [](uint32_t) {},
             [&](uint32_t tile, uint32_t) {
-                const float4 sum = take();
-                if (m() >= tokens) return;
-                broken |= !(fabsf(sum.x) < X_LIMIT && fabsf(sum.y) < X_LIMIT && fabsf(sum.z) < X_LIMIT && fabsf(sum.w) < X_LIMIT);
-                uint64_t* to = residual + m() * p.hidden + tile * UNIT_ROWS + 2 * q();
-                add_relaxed(to, contribution(sum.x)), add_relaxed(to + 1, contribution(sum.y));
-                add_relaxed(to + 8, contribution(sum.z)), add_relaxed(to + 9, contribution(sum.w));
+                take([&](uint32_t m, uint32_t row, float sum, bool active) {
+                    if (!active) return;
+                    broken |= !(fabsf(sum) < X_LIMIT);
+                    add_relaxed(residual + m * p.hidden + tile * UNIT_ROWS + row, contribution(sum));
+                });
             });
     }
     // The norm's weights of the layer to come, into L2: they would be waited for.
@@ -597,13 +623,11 @@ struct Storer {
             qkv_up(l), down_dense(residual);
         }
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
-            float4 sum = take();
+            take([&](uint32_t m, uint32_t row, float sum, bool active) {
+                if (broken) sum = __int_as_float(0x7fffffff);  // the sampler will say so
+                if (active) p.logits[(size_t)m * p.vocab + t * UNIT_ROWS + row] = sum;
+            });
             if (t == blockIdx.x) clear(p.layers - 1);
-            if (broken) sum.x = __int_as_float(0x7fffffff);  // the sampler will say so
-            if (m() >= tokens) continue;
-            float* to = p.logits + (size_t)m() * p.vocab + t * UNIT_ROWS + 2 * q();
-            *reinterpret_cast<float2*>(to) = make_float2(sum.x, sum.y);
-            *reinterpret_cast<float2*>(to + 8) = make_float2(sum.z, sum.w);
         }
     }
 };
@@ -661,10 +685,12 @@ __device__ __forceinline__ void attention(const Args& p, Shared<ZEROS>& shared, 
 }
 
 // A warp multiplies WARP_UNITS units of every strip, without a branch; those the strip does not have are zeros that no copy touches.
-// (The head's stages reach over them, after the last strip of the layers.)
+// (The head's stages reach over them, after the last strip of the layers.) Sums of warps without units are zeros too.
 template <bool ZEROS>
 __device__ __forceinline__ void pad(const Args& p, Shared<ZEROS>& shared) {
     constexpr uint32_t BYTES = Shared<ZEROS>::BYTES;
+    for (uint32_t i = threadIdx.x; i < sizeof(shared.sums) / 16; i += THREADS)
+        reinterpret_cast<uint4*>(shared.sums)[i] = make_uint4(0, 0, 0, 0);
     const uint32_t units = p.units - (p.groups - 1) * GROUP_UNITS, missing = (WARP_UNITS - units % WARP_UNITS) % WARP_UNITS;
     for (uint32_t s = p.groups - 1; s < Shared<ZEROS>::DEPTH * p.groups; s += p.groups)
         for (uint32_t i = threadIdx.x; i < missing * BYTES / 16; i += THREADS)
@@ -686,8 +712,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
     pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {
-        if (threadIdx.x % 32 == 0) {
-            Producer<ZEROS> producer{p, shared, Shared<ZEROS>::DEPTH * p.groups};
+        if (threadIdx.x % 32 < p.groups) {
+            Producer<ZEROS> producer{p, shared};
             producer.run();
         }
         __syncwarp();
@@ -698,7 +724,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         if (tokens == 0) {
         } else if (warp < CONSUMERS) {
             Consumer<ZEROS> consumer{p, shared, tokens};
-            consumer.run(residual, next);
+            if (tokens == 1) consumer.template run<true>(residual, next);
+            else consumer.template run<false>(residual, next);
         } else if (warp == STORER) {
             Storer<ZEROS> storer{p, shared, tokens};
             storer.run(residual);
@@ -737,6 +764,7 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     if (p->ffn == 0 || p->ffn % p->hidden || p->heads * PEREGRINE_HEAD_DIM != p->hidden) return PEREGRINE_BAD_SHAPE;
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
+    if (p->slots == 0 || p->max_context == 0 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31) return PEREGRINE_BAD_SHAPE;
     const Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
