@@ -768,6 +768,6 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     const Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
-    return p->has_zeros ? launch(decode_step_kernel<true>, grid, THREADS, sizeof(Shared<true>), l, args)
-                        : launch(decode_step_kernel<false>, grid, THREADS, sizeof(Shared<false>), l, args);
+    return p->has_zeros ? launch<true>(decode_step_kernel<true>, grid, THREADS, sizeof(Shared<true>), l, args)
+                        : launch<true>(decode_step_kernel<false>, grid, THREADS, sizeof(Shared<false>), l, args);
 }

@@ -25,7 +25,7 @@ extern "C" {
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 8       // most ids that end a generation
-#define PEREGRINE_ATTN_CHUNK 64    // keys one warp of attn_decode takes
+#define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
 
 struct CUstream_st;
 

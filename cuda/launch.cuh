@@ -27,22 +27,30 @@ __device__ __forceinline__ void wait_previous() {
 // Bytes of dynamic shared memory a kernel gets without asking.
 constexpr size_t DEFAULT_SMEM_BYTES = 48 * 1024;
 
-template <typename Params>
+// TOGETHER: all blocks run at once or none does (a cooperative launch); for kernels whose blocks wait for each other.
+template <bool TOGETHER = false, typename Params>
 int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_bytes, const Launch* l, const Params& p) {
     if (smem_bytes > DEFAULT_SMEM_BYTES) {
         cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes);
         if (e != cudaSuccess) return (int32_t)e;
     }
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    uint32_t count = 0;
+    if (TOGETHER) {
+        attributes[count].id = cudaLaunchAttributeCooperative;
+        attributes[count++].val.cooperative = 1;
+    }
+    if (l->overlap) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = smem_bytes;
     config.stream = (cudaStream_t)l->stream;
-    config.attrs = &overlap;
-    config.numAttrs = l->overlap ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     cudaError_t e = cudaLaunchKernelEx(&config, kernel, p);
     // Clears the sticky copy of a launch error, so that the next launcher does not report it again.
     cudaError_t last = cudaGetLastError();
