@@ -202,7 +202,7 @@ mod cuda {
         let mut scratch = AttnScratch::new(s, HEADS, CONTEXT).unwrap();
         let stride = FFN + HIDDEN;
         for (m, position) in [(1, 128), (1, 1024), (1, 2047), (8, 2040), (128, 0), (512, 0), (2048, 0)] {
-            let state = DevBuf::from_host(s, "state", &[position as u32, 0, 0, 0]).unwrap();
+            let state = DevBuf::from_host(s, "state", &[0, 0, 0, 0, 0, position as u32, 0, 0]).unwrap();
             let span = Span { state: &state, tokens: m, max_context: CONTEXT };
             let mut qkv = random_u16(s, m * (HEADS + 2) * 64);
             let mut out = random_u16(s, m * stride);

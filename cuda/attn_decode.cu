@@ -36,7 +36,7 @@ __device__ __forceinline__ void merge(Merged& m, uint32_t first, Load load) {
     m.top = joint;
 }
 
-__device__ __forceinline__ void store(const AttnParams& p, const Merged& m, uint32_t token, uint32_t head, uint32_t first) {
+__device__ __forceinline__ void store(const AttnDecodeParams& p, const Merged& m, uint32_t token, uint32_t head, uint32_t first) {
     if (head >= p.heads) return;
     uint16_t* out = p.out + (size_t)token * p.out_stride + head * HEAD_DIM + first;
 #pragma unroll
@@ -44,7 +44,7 @@ __device__ __forceinline__ void store(const AttnParams& p, const Merged& m, uint
 }
 
 // 16 heads of one token against this warp's 64 keys; the result goes to `rows` [16][66] in shared memory, over the keys.
-__device__ void attend_warp(const AttnParams& p, uint8_t* smem, float* rows, uint32_t token, uint32_t head0, uint32_t key0, uint32_t length) {
+__device__ void attend_warp(const AttnDecodeParams& p, uint8_t* smem, float* rows, uint32_t token, uint32_t head0, uint32_t key0, uint32_t length) {
     const uint32_t lane = threadIdx.x % 32;
     AttnState state;
     clear(state);
@@ -75,13 +75,13 @@ __device__ void attend_warp(const AttnParams& p, uint8_t* smem, float* rows, uin
     }
 }
 
-__global__ void __launch_bounds__(THREADS) attn_decode_kernel(const __grid_constant__ AttnParams p) {
+__global__ void __launch_bounds__(THREADS) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ uint32_t arrived;
     const uint32_t chunk = blockIdx.x, tile = blockIdx.y, token = blockIdx.z, warp = threadIdx.x / 32;
     wait_previous();
-    const uint32_t length = min(*p.position + token + 1, p.max_context);
+    const uint32_t length = min(p.token->position + token + 1, p.max_context);
     if (chunk * PEREGRINE_ATTN_CHUNK >= length) return;
     const uint32_t chunks = (length + PEREGRINE_ATTN_CHUNK - 1) / PEREGRINE_ATTN_CHUNK;
 
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(THREADS) attn_decode_kernel(const __grid_const
 
 }  // namespace
 
-extern "C" int32_t attn_decode(const AttnParams* p, const Launch* l) {
+extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_GEMV_TOKENS || p->heads == 0 || p->max_context == 0) return PEREGRINE_BAD_SHAPE;
     const dim3 grid((p->max_context + PEREGRINE_ATTN_CHUNK - 1) / PEREGRINE_ATTN_CHUNK, (p->heads + ROWS - 1) / ROWS, p->tokens);
     return launch(attn_decode_kernel, grid, THREADS, WARPS * 2 * TILE_BYTES, l, *p);

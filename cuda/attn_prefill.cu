@@ -15,13 +15,13 @@ constexpr int THREADS = WARPS * 32;
 constexpr int BLOCK_TOKENS = WARPS * 16;
 constexpr int STAGES = 2;
 
-__global__ void __launch_bounds__(THREADS) attn_prefill_kernel(const __grid_constant__ AttnParams p) {
+__global__ void __launch_bounds__(THREADS) attn_prefill_kernel(const __grid_constant__ AttnPrefillParams p) {
     overlap_next();
     __shared__ __align__(128) uint8_t smem[STAGES][2][TILE_BYTES];
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t block = gridDim.x - 1 - blockIdx.x, head = blockIdx.y;
     wait_previous();
-    const uint32_t position = min(*p.position, p.max_context - min(p.tokens, p.max_context));
+    const uint32_t position = min(p.token->position, p.max_context - min(p.tokens, p.max_context));
     const uint32_t token0 = block * BLOCK_TOKENS + warp * 16;
     const uint32_t length = position + min(p.tokens, (block + 1) * BLOCK_TOKENS);
     const uint32_t tiles = (length + TILE_KEYS - 1) / TILE_KEYS;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(THREADS) attn_prefill_kernel(const __grid_cons
 
 }  // namespace
 
-extern "C" int32_t attn_prefill(const AttnParams* p, const Launch* l) {
+extern "C" int32_t attn_prefill(const AttnPrefillParams* p, const Launch* l) {
     if (p->tokens == 0 || p->heads == 0 || p->out_stride % 2 || p->tokens > p->max_context) return PEREGRINE_BAD_SHAPE;
     return launch(attn_prefill_kernel, dim3((p->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, p->heads), THREADS, 0, l, *p);
 }

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS) rope_kernel(const __grid_constant__ R
     const uint32_t pair = blockIdx.x * THREADS + threadIdx.x, m = blockIdx.y;
     const uint32_t head = pair / HALF, i = pair % HALF;
     if (head >= p.heads + 2) return;
-    const size_t position = min(*p.position + m, p.max_context - 1);
+    const size_t position = min(p.token->position + m, p.max_context - 1);
     __half* row = reinterpret_cast<__half*>(p.qkv) + ((size_t)m * (p.heads + 2) + head) * PEREGRINE_HEAD_DIM;
     const __half v0 = row[i], v1 = row[i + HALF];
     if (head == p.heads + 1) {  // the value is not rotated

@@ -185,7 +185,7 @@ impl CudaTimeline {
             weights: &self.model.weights,
             cache: &mut self.cache,
             scratch: &mut self.scratch,
-            state: &self.sampler.state,
+            state: &self.sampler.step,
             gemv_works: self.model.gemv_works,
         }
     }
@@ -207,7 +207,7 @@ impl CudaTimeline {
                 self.model.config.vocab_size
             )));
         }
-        self.sampler.set_position(&self.stream, self.position)?;
+        self.sampler.step.upload(&self.stream, 5, &[self.position as u32])?;
         self.scratch.ids.upload(&self.stream, 0, ids)?;
         self.pass().run(Tokens::List(ids.len()))?;
         self.position += ids.len();

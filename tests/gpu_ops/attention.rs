@@ -1,6 +1,6 @@
 //! rope, attn_decode, attn_prefill.
 
-use peregrine::gpu::ops::{self, AttnOutput, AttnScratch, LayerCache, STATE_WORDS, Span};
+use peregrine::gpu::ops::{self, AttnOutput, AttnScratch, LayerCache, Span};
 use peregrine::gpu::{DevBuf, Stream};
 use peregrine::layout::HEAD_DIM;
 use peregrine::reference;
@@ -14,8 +14,8 @@ const ROPE_TOLERANCE: f64 = 3e-4;
 const CONTEXT: usize = 2048;
 
 fn state(stream: &Stream, position: usize) -> DevBuf<u32> {
-    let mut words = vec![0; STATE_WORDS];
-    words[0] = position as u32;
+    let mut words = vec![0; 8];
+    words[5] = position as u32;
     DevBuf::from_host(stream, "state", &words).unwrap()
 }
 

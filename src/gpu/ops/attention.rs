@@ -3,7 +3,7 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::{GEMV_TOKENS, STATE_POSITION, STATE_WORDS};
+use super::{GEMV_TOKENS, STEP_FIRST, STEP_TOKEN_WORDS};
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::layout::{HEAD_DIM, UNIT_ROWS};
@@ -24,7 +24,7 @@ pub struct LayerCache {
 /// The positions a call works at, and how far the cache reaches.
 #[derive(Clone, Copy)]
 pub struct Span<'a> {
-    /// Decode state; its first word is the position of the first token.
+    /// A `Step`; its first token's position counts.
     pub state: &'a DevBuf<u32>,
     /// Tokens of the call. The caller has checked that position + tokens <= max_context.
     pub tokens: usize,
@@ -33,9 +33,9 @@ pub struct Span<'a> {
 }
 
 impl Span<'_> {
-    fn position(&self, op: &str, stream: &Stream) -> Result<*const u32> {
-        self.state.require(op, STATE_WORDS)?;
-        Ok(self.state.ptr(stream).wrapping_add(STATE_POSITION))
+    fn token(&self, op: &str, stream: &Stream) -> Result<*const ffi::StepToken> {
+        self.state.require(op, STEP_FIRST + STEP_TOKEN_WORDS)?;
+        Ok(self.state.ptr(stream).wrapping_add(STEP_FIRST).cast())
     }
 }
 
@@ -60,9 +60,10 @@ pub fn rope(
         k_cache: cache.k.ptr_mut(stream),
         v_cache: cache.v.ptr_mut(stream),
         table: table.ptr(stream),
-        position: span.position(op, stream)?,
+        token: span.token(op, stream)?,
         tokens: u32_of(op, span.tokens)?,
         heads: u32_of(op, heads)?,
+        slots: 1,
         max_context: u32_of(op, span.max_context)?,
     };
     call!(rope, stream, params)
@@ -104,24 +105,24 @@ fn attn_params(
     cache: &LayerCache,
     span: Span<'_>,
     output: AttnOutput<'_>,
-) -> Result<ffi::AttnParams> {
+) -> Result<ffi::AttnPrefillParams> {
     qkv.require(op, span.tokens * (heads + 2) * HEAD_DIM)?;
     cache.k.require(op, span.max_context * HEAD_DIM)?;
     cache.v.require(op, span.max_context * HEAD_DIM)?;
     output
         .out
         .require(op, output.first + span.tokens.saturating_sub(1) * output.stride + heads * HEAD_DIM)?;
-    Ok(ffi::AttnParams {
+    Ok(ffi::AttnPrefillParams {
         qkv: qkv.ptr(stream),
         k_cache: cache.k.ptr(stream),
         v_cache: cache.v.ptr(stream),
-        position: span.position(op, stream)?,
+        token: span.token(op, stream)?,
         out: output.out.ptr_mut(stream).wrapping_add(output.first),
         tokens: u32_of(op, span.tokens)?,
         heads: u32_of(op, heads)?,
         out_stride: u32_of(op, output.stride)?,
+        slots: 1,
         max_context: u32_of(op, span.max_context)?,
-        ..Default::default()
     })
 }
 
@@ -137,13 +138,26 @@ pub fn attn_decode(
     output: AttnOutput<'_>,
 ) -> Result<()> {
     let op = "attn_decode";
-    let mut params = attn_params(op, stream, qkv, heads, cache, span, output)?;
+    let common = attn_params(op, stream, qkv, heads, cache, span, output)?;
     let groups = span.tokens * heads.div_ceil(UNIT_ROWS);
     let chunks = span.max_context.div_ceil(ATTN_CHUNK);
     scratch.partials.require(op, groups * chunks * UNIT_ROWS * ATTN_ROW_FLOATS)?;
     scratch.arrivals.require(op, groups)?;
-    params.partials = scratch.partials.ptr_mut(stream);
-    params.arrivals = scratch.arrivals.ptr_mut(stream);
+    let params = ffi::AttnDecodeParams {
+        qkv: common.qkv,
+        k_cache: common.k_cache.cast_mut(),
+        v_cache: common.v_cache.cast_mut(),
+        table: std::ptr::null(),
+        token: common.token,
+        out: common.out,
+        partials: scratch.partials.ptr_mut(stream),
+        arrivals: scratch.arrivals.ptr_mut(stream),
+        tokens: common.tokens,
+        heads: common.heads,
+        out_stride: common.out_stride,
+        slots: 1,
+        max_context: common.max_context,
+    };
     call!(attn_decode, stream, params)
 }
 

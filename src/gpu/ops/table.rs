@@ -3,7 +3,7 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::STATE_TOKEN;
+use super::STEP_FIRST;
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 
@@ -22,7 +22,7 @@ pub struct Table {
 pub enum Ids<'a> {
     /// `[tokens]` u32, each below the vocabulary's size.
     List(&'a DevBuf<u32>),
-    /// The token of the decode state.
+    /// The first token of a `Step`.
     State(&'a DevBuf<u32>),
 }
 
@@ -38,8 +38,8 @@ pub fn embed(stream: &Stream, table: &Table, ids: Ids<'_>, tokens: usize, x: &mu
             ids.ptr(stream)
         }
         Ids::State(state) => {
-            state.require(op, STATE_TOKEN + tokens)?;
-            state.ptr(stream).wrapping_add(STATE_TOKEN)
+            state.require(op, STEP_FIRST + tokens)?;
+            state.ptr(stream).wrapping_add(STEP_FIRST)
         }
     };
     let params = ffi::EmbedParams {
