@@ -157,55 +157,86 @@ fn pinned<T: DeviceRepr>(gpu: &Gpu, elems: usize) -> Result<PinnedHostSlice<T>> 
     })
 }
 
-/// Words of a `SampledToken`: id, log probability, fault, step.
-const TOKEN_WORDS: usize = 4;
+/// Words of a `SampledToken`: id, log probability, fault, row, drafts, step.
+const TOKEN_WORDS: usize = 6;
 
-/// A ring of `SampledToken` in pinned host memory: the sampler kernel writes, the host reads without a copy.
+/// A token that has arrived from the GPU.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Arrival {
+    /// The token.
+    pub sampled: Sampled,
+    /// Its place in its step: 0 for a step's first, then one more for each draft that was right.
+    pub row: usize,
+    /// Drafts of its step.
+    pub drafts: usize,
+}
+
+/// Rings of `SampledToken` in pinned host memory, one a slot: the sampler kernel writes, the host reads without a copy.
 pub struct MappedTokens {
     words: PinnedHostSlice<u32>,
+    slots: usize,
     capacity: usize,
 }
 
 impl MappedTokens {
-    /// Room for `capacity` tokens.
-    pub fn new(gpu: &Gpu, capacity: usize) -> Result<MappedTokens> {
-        let mut words: PinnedHostSlice<u32> = pinned(gpu, capacity * TOKEN_WORDS)?;
+    /// Room for `capacity` tokens a slot.
+    pub fn new(gpu: &Gpu, slots: usize, capacity: usize) -> Result<MappedTokens> {
+        let mut words: PinnedHostSlice<u32> = pinned(gpu, slots * capacity * TOKEN_WORDS)?;
         words.as_mut_slice().map_err(|e| driver_error("tokens", e))?.fill(0);
-        Ok(MappedTokens { words, capacity })
+        Ok(MappedTokens { words, slots, capacity })
     }
 
-    /// Tokens it has room for.
+    /// Tokens a slot has room for.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    pub(super) fn ptr_mut(&mut self) -> Result<*mut u32> {
-        self.words.as_mut_ptr().map_err(|e| driver_error("tokens", e))
+    /// Refuses a slot that is not there.
+    fn first_word(&self, slot: usize) -> Result<usize> {
+        if slot < self.slots {
+            return Ok(slot * self.capacity * TOKEN_WORDS);
+        }
+        Err(Error::Cuda { op: "tokens".into(), what: format!("slot {slot} of {}", self.slots) })
     }
 
-    /// The token of `step` (from 1). The caller has waited for an event behind the `sample` launch of that step.
+    pub(super) fn slot_mut(&mut self, slot: usize) -> Result<*mut u32> {
+        let first = self.first_word(slot)?;
+        Ok(self.words.as_mut_ptr().map_err(|e| driver_error("tokens", e))?.wrapping_add(first))
+    }
+
+    /// The tokens of a slot that have arrived, from `step` (from 1) on. The caller has waited for an event behind the first `sample`
+    /// of the generation; from then on a step's token is there as soon as the GPU has written it, and stays until the slot's next
+    /// `capacity` tokens.
+    pub fn arrived(&self, slot: usize, step: usize) -> impl Iterator<Item = Result<Arrival>> + '_ {
+        (step..).map_while(move |step| self.read(slot, step).transpose())
+    }
+
+    /// The token of `step` (from 1), if it has arrived.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if the logits were not all numbers, or the step's token is not there.
+    /// [`Error::Cuda`] if the logits were not all numbers.
     #[allow(unsafe_code)]
-    pub fn read(&self, step: u32) -> Result<Sampled> {
-        let at = (step as usize - 1) % self.capacity * TOKEN_WORDS;
+    pub fn read(&self, slot: usize, step: usize) -> Result<Option<Arrival>> {
+        let at = self.first_word(slot)? + step.wrapping_sub(1) % self.capacity * TOKEN_WORDS;
         let base = self.words.as_ptr().map_err(|e| driver_error("tokens", e))?;
         let word = |i: usize| {
-            // SAFETY: `at + i` < capacity * TOKEN_WORDS by the modulo above, the length the words were allocated with.
+            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length the words were allocated with, by `first_word` and the modulo.
             let address = unsafe { base.add(at + i) };
             // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
             unsafe { address.read_volatile() }
         };
-        if word(3) != step {
-            return Err(Error::Cuda {
-                op: "sample".into(),
-                what: format!("token of step {step} is missing"),
-            });
+        if step == 0 || word(5) as usize != step {
+            return Ok(None);
         }
+        // The GPU wrote this word last.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
         match word(2) {
-            0 => Ok(Sampled { id: word(0), logprob: f32::from_bits(word(1)) }),
+            0 => Ok(Some(Arrival {
+                sampled: Sampled { id: word(0), logprob: f32::from_bits(word(1)) },
+                row: word(3) as usize,
+                drafts: word(4) as usize,
+            })),
             fault => Err(Error::Cuda {
                 op: "sample".into(),
                 what: format!(

@@ -25,15 +25,18 @@ pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
-pub use sampling::{SamplerState, sample, start};
+pub use sampling::{SamplerShape, SamplerState, sample, start};
 pub use table::{Ids, Table, embed, head, table_repack};
 
 /// Most tokens of a `gptq_gemv`, `head` or `attn_decode` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
-/// Words of the decode state: position, token, step, length of the history.
-pub const STATE_WORDS: usize = 4;
-const STATE_POSITION: usize = 0;
-const STATE_TOKEN: usize = 1;
+/// Most tokens of a decode step.
+pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
+/// Word of a `Step` at which its first token begins.
+pub const STEP_FIRST: usize = 4;
+/// Words of a `StepToken`: id, position, slot, index of its slot's first token.
+pub const STEP_TOKEN_WORDS: usize = 4;
+const STEP_WORDS: usize = STEP_FIRST + STEP_TOKENS * STEP_TOKEN_WORDS;
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)
