@@ -27,7 +27,7 @@ const MOST_BACKOFF: usize = 64;
 /// use peregrine::speculate::draft;
 /// assert_eq!(draft(&[1, 2, 3, 4, 5, 9, 1, 2, 3], 3), [4, 5, 9]);
 /// assert_eq!(draft(&[7, 8, 7, 8], 5), [7, 8, 7, 8, 7]);
-/// assert_eq!(draft(&[1, 2, 3, 4], 7), []);
+/// assert!(draft(&[1, 2, 3, 4], 7).is_empty());
 /// ```
 #[must_use]
 pub fn draft(history: &[u32], most: usize) -> Vec<u32> {
@@ -114,11 +114,11 @@ mod tests {
         assert_eq!(draft(&[1, 2, 3, 10, 1, 2, 3, 11, 5, 1, 2, 3], 1), [11]);
         assert_eq!(draft(&[9, 2, 3, 10, 2, 3, 11, 5, 1, 2, 3], 2), [11, 5]);
         assert_eq!(draft(&[6, 6, 6], 4), [6, 6, 6, 6], "an occurrence may overlap the end");
-        assert_eq!(draft(&[3, 1, 2, 3], 4), [], "one token is no match");
+        assert!(draft(&[3, 1, 2, 3], 4).is_empty(), "one token is no match");
         for history in [&[][..], &[1], &[1, 1], &[1, 2, 1]] {
-            assert_eq!(draft(history, 7), [], "{history:?}");
+            assert!(draft(history, 7).is_empty(), "{history:?}");
         }
-        assert_eq!(draft(&[6, 6, 6], 0), []);
+        assert!(draft(&[6, 6, 6], 0).is_empty());
     }
 
     #[test]

@@ -83,10 +83,10 @@ fn speculation_changes_no_token() {
 fn a_text_that_repeats_itself_takes_fewer_steps() {
     let engine = engine();
     let sampling = Sampling { ignore_eos: true, ..Sampling::greedy().max_new_tokens(160) };
-    // The small model says the same again once its answer has ended.
-    let stats = compare(&engine, &golden::goldens("a")[0].ids, 512, &sampling);
+    let song = &prompts(&engine)[3];
+    let stats = compare(&engine, song, 512, &sampling);
     println!("{} steps for {} tokens", stats.decode_steps, stats.new_tokens);
-    assert!(2 * stats.decode_steps < stats.new_tokens, "{stats:?}");
+    assert!(4 * stats.decode_steps < stats.new_tokens, "{stats:?}");
 }
 
 #[test]

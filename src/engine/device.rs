@@ -92,7 +92,9 @@ impl Model {
 
     pub(super) fn timeline(&self, max_context: usize) -> Result<Timeline> {
         match self {
-            Model::Cpu(model) => Ok(Timeline::Cpu(CpuTimeline::new(Arc::clone(model), max_context)?)),
+            Model::Cpu(model) => {
+                Ok(Timeline::Cpu(Box::new(CpuTimeline::new(Arc::clone(model), max_context)?)))
+            }
             #[cfg(feature = "cuda")]
             Model::Cuda(model) => {
                 Ok(Timeline::Cuda(Box::new(CudaTimeline::new(Arc::clone(model), max_context)?)))
@@ -103,7 +105,7 @@ impl Model {
 
 /// One sequence on its device; see [`CpuTimeline`] for what the methods do.
 pub(super) enum Timeline {
-    Cpu(CpuTimeline),
+    Cpu(Box<CpuTimeline>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaTimeline>),
 }
