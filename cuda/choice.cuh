@@ -114,7 +114,7 @@ __device__ __forceinline__ void for_each(const Source& s, F f) {
 }
 
 constexpr uint32_t LIST = 2048;
-struct List {
+struct alignas(16) List {
     float values[LIST];
     uint32_t ids[LIST];
     uint32_t count;
@@ -167,6 +167,7 @@ __device__ uint32_t find_bin(const Bins& bins, bool downwards, unsigned long lon
     const uint32_t lane = threadIdx.x % 32;
     const auto at = [&](uint32_t i) { return downwards ? BINS - 1 - i : i; };
     unsigned long long sum = 0;
+#pragma unroll 2  // all at once would spill
     for (uint32_t j = 0; j < OWN; j++) sum += bins.weight(at(lane * OWN + j));
     unsigned long long before = sum;  // inclusive scan over lanes, then exclusive
 #pragma unroll
@@ -199,6 +200,7 @@ struct Workspace {
     List kept, bin;
     Range ranges[BLOCK_WARPS];
     unsigned long long sums[BLOCK_WARPS];
+    uint32_t keys[BLOCK_WARPS];
     Best best[BLOCK_WARPS];
 };
 
@@ -222,16 +224,30 @@ __device__ Source narrow(const float* values, uint32_t vocab, uint32_t key, uint
     if (key >= floor_key) surveys[atomicAdd(&w.bin.count, 1u)] = threadIdx.x;
     __syncthreads();
     const uint32_t count = w.bin.count;
-    for (uint32_t s = threadIdx.x / 32; s < count; s += BLOCK_WARPS) {
-        const Part part = part_of(surveys[s] / BLOCK_WARPS, vocab);
-        for (uint32_t i = part.begin + surveys[s] % BLOCK_WARPS * 32 + threadIdx.x % 32; i < part.end; i += BLOCK_THREADS) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(values) + i);
-            const float four[4] = {v.x, v.y, v.z, v.w};
+    const float4* vectors = reinterpret_cast<const float4*>(values);
+    const auto keep = [&](uint32_t id, float v) {
+        if (ordered(v) < floor_key) return;
+        const uint32_t at = atomicAdd(&w.kept.count, 1u);
+        if (at < LIST) w.kept.values[at] = v, w.kept.ids[at] = id;
+    };
+    constexpr uint32_t BATCH = 4;  // surveys whose loads are issued together
+    for (uint32_t behind = 0; behind < part_vectors(vocab); behind += BLOCK_THREADS) {
+        for (uint32_t s = threadIdx.x / 32; s < count; s += BLOCK_WARPS * BATCH) {
+            uint32_t at[BATCH];
+            float4 v[BATCH];
 #pragma unroll
-            for (uint32_t c = 0; c < 4; c++) {
-                if (ordered(four[c]) < floor_key) continue;
-                const uint32_t at = atomicAdd(&w.kept.count, 1u);
-                if (at < LIST) w.kept.values[at] = four[c], w.kept.ids[at] = i * 4 + c;
+            for (uint32_t j = 0; j < BATCH; j++) {
+                const uint32_t survey = surveys[min(s + j * BLOCK_WARPS, count - 1)];
+                const Part part = part_of(survey / BLOCK_WARPS, vocab);
+                at[j] = part.begin + behind + survey % BLOCK_WARPS * 32 + threadIdx.x % 32;
+                if (s + j * BLOCK_WARPS >= count || at[j] >= part.end) at[j] = NO_ID;
+                if (at[j] != NO_ID) v[j] = __ldcg(vectors + at[j]);
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < BATCH; j++) {
+                if (at[j] == NO_ID) continue;
+                const uint32_t id = at[j] * 4;
+                keep(id, v[j].x), keep(id + 1, v[j].y), keep(id + 2, v[j].z), keep(id + 3, v[j].w);
             }
         }
     }
@@ -282,6 +298,21 @@ __device__ uint32_t threshold(const Source& source, float top, uint32_t floor_ke
     return prefix;
 }
 
+// As `threshold<false>`, of at most one candidate a thread.
+__device__ uint32_t threshold_of_few(const Source& source, float top, uint32_t floor_key, unsigned long long wanted, Workspace& w) {
+    unsigned long long* masses = reinterpret_cast<unsigned long long*>(w.bin.values);
+    const uint32_t key = threadIdx.x < source.count ? ordered(source.values[threadIdx.x]) : 0;
+    const bool candidate = threadIdx.x < source.count && key >= floor_key;
+    __syncthreads();
+    masses[threadIdx.x] = candidate ? mass(source.values[threadIdx.x], top) : 0;
+    __syncthreads();
+    unsigned long long up_to = 0;
+#pragma unroll 2  // likewise
+    for (uint32_t i = 0; i < source.count; i++) up_to += ordered(source.values[i]) <= key ? masses[i] : 0;
+    const uint32_t found = candidate && up_to > wanted ? key : 0xffffffffu;
+    return block_reduce(found, w.keys, [](uint32_t a, uint32_t b) { return min(a, b); });
+}
+
 // Smallest key that top_p keeps, of those >= floor_key.
 __device__ uint32_t top_p_key(const Source& source, float top, uint32_t floor_key, float top_p, Workspace& w) {
     unsigned long long total = 0;
@@ -290,7 +321,9 @@ __device__ uint32_t top_p_key(const Source& source, float top, uint32_t floor_ke
     });
     total = block_reduce(total, w.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
     const unsigned long long removed = (unsigned long long)((1.0 - (double)top_p) * (double)total);
-    return min(threshold<false>(source, top, floor_key, removed, w), ordered(top));
+    const bool few = source.ids && source.count <= BLOCK_THREADS;
+    const uint32_t key = few ? threshold_of_few(source, top, floor_key, removed, w) : threshold<false>(source, top, floor_key, removed, w);
+    return min(key, ordered(top));
 }
 
 // The key of the k-th largest value, of `source`, which holds them all.

@@ -195,9 +195,9 @@ typedef struct SampledToken {
     uint32_t id;
     float logprob;    // under the unprocessed logits
     uint32_t fault;   // 0, or 1 + the lowest id whose logit was NaN or +infinity
-    uint32_t row;     // of its step: 0, or which draft it follows
+    uint32_t emitted; // tokens of its step that were kept: 1 + the drafts that were right
     uint32_t drafts;  // of its step
-    uint32_t step;    // 1 for the first token of a generation; written last
+    uint32_t step;    // 1 for the first token of a generation
 } SampledToken;
 
 // A sequence being generated. Device memory, one a slot.

@@ -19,17 +19,19 @@ constexpr uint32_t MOST_PART_IDS = 8192;
 struct Survey {
     uint32_t key;    // ordered, of the largest processed logit
     uint32_t id;     // its lowest id
+    float logit;     // that one unprocessed
     float top;       // the largest unprocessed one
     float sum;       // of exp(unprocessed - top)
     uint32_t fault;  // lowest id that is NaN or +infinity
 };
-__device__ __forceinline__ Survey nothing() { return {ordered(-CUDART_INF_F), NO_ID, -CUDART_INF_F, 0.f, NO_ID}; }
+__device__ __forceinline__ Survey nothing() { return {ordered(-CUDART_INF_F), NO_ID, -CUDART_INF_F, -CUDART_INF_F, 0.f, NO_ID}; }
 
 // The surveys of a warp's lanes as one, in every lane.
 __device__ Survey join_warp(const Survey& s) {
     Survey all;
     all.key = __reduce_max_sync(~0u, s.key);
     all.id = __reduce_min_sync(~0u, s.key == all.key ? s.id : NO_ID);
+    all.logit = __shfl_sync(~0u, s.logit, __ffs(__ballot_sync(~0u, s.key == all.key && s.id == all.id)) - 1);
     all.top = unordered(__reduce_max_sync(~0u, ordered(s.top)));
     all.fault = __reduce_min_sync(~0u, s.fault);
     all.sum = s.top > -CUDART_INF_F ? s.sum * expf(s.top - all.top) : 0.f;
@@ -96,7 +98,7 @@ __device__ Survey survey(const SampleParams& p, const Row& r, const Part& part, 
                 v = v < 0.f ? v * p.repetition_penalty : v / p.repetition_penalty;
             if (p.no_repeat_ngram_size && marked(m.banned, first + c)) v = -CUDART_INF_F;
             v += 0.f;  // -0 becomes 0, which it equals, but not as a key
-            if (v > best) best = v, s.id = i * 4 + c;  // ids rise, so of equal ones the first stays
+            if (v > best) best = v, s.id = i * 4 + c, s.logit = raw[c];  // ids rise, so of equal ones the first stays
             kept[c] = v;
         }
         if (p.temperature != 0.f) {
@@ -123,10 +125,11 @@ __device__ bool last_to_arrive(uint32_t* arrivals, uint32_t wanted) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicAdd(arrivals, 1u) == wanted - 1;
+        // Lighter than two __threadfence: those order more than is needed here.
+        uint32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+        last = before == wanted - 1;
         if (last) *arrivals = 0;
-        __threadfence();
     }
     __syncthreads();
     return last;
@@ -140,22 +143,24 @@ struct Result {
 
 // Joins a row's surveys and chooses its token: the same in all threads.
 __device__ Result choose_row(const SampleParams& p, const Row& r) {
-    __shared__ Survey joined[BLOCK_WARPS];
+    __shared__ Survey joined[BLOCK_WARPS], whole;
     const float4 a = __ldcg(survey_at(p, r.index, threadIdx.x)), b = __ldcg(survey_at(p, r.index, threadIdx.x) + 1);
-    const Survey mine = {__float_as_uint(a.x), __float_as_uint(a.y), a.z, a.w, __float_as_uint(b.x)};
+    const Survey mine = {__float_as_uint(a.x), __float_as_uint(a.y), b.x, a.z, a.w, __float_as_uint(b.y)};
     const Survey warp = join_warp(mine);
     if (threadIdx.x % 32 == 0) joined[threadIdx.x / 32] = warp;
     __syncthreads();
-    const Survey all = join_warp(threadIdx.x % 32 < BLOCK_WARPS ? joined[threadIdx.x % 32] : nothing());
+    Survey all = join_warp(threadIdx.x % 32 < BLOCK_WARPS ? joined[threadIdx.x % 32] : nothing());
     uint32_t id = all.id;
     if (p.temperature != 0.f) {
         // Dividing keeps the order, so this is the largest of what the survey left in scratch.
         const auto scaled = [&](uint32_t key) { return unordered(key) / p.temperature; };
+        if (threadIdx.x == 0) whole = all;  // out of the registers while the choice, which has barriers, is made
         id = choose(p, p.scratch + (size_t)r.index * p.vocab, r.base + r.ahead, scaled(all.key), ordered(scaled(mine.key))).id;
+        all = whole;
+        if (id != all.id && id < p.vocab) all.logit = __ldcg(p.logits + (size_t)r.index * p.vocab + id);
     }
     if (id >= p.vocab) id = 0;  // every logit -infinity or NaN: `fault` tells, or id 0
-    const float logprob = p.logits[(size_t)r.index * p.vocab + id] - all.top - logf(all.sum);
-    return {id, logprob, all.fault == NO_ID ? 0 : all.fault + 1};
+    return {id, all.logit - all.top - logf(all.sum), all.fault == NO_ID ? 0 : all.fault + 1};
 }
 
 // Where to read on after the latest earlier occurrence of the last three tokens of history, else of the last two; 0: there is none.
@@ -199,9 +204,8 @@ __device__ Walk walk(const SampleParams& p, const DecodeState& s, uint32_t slot,
     if (s.length + lane < p.history_capacity) p.history[(size_t)slot * p.history_capacity + s.length + lane] = r.id;
     atomicOr(p.seen + (size_t)slot * ((p.vocab + 31) / 32) + r.id / 32, 1u << (r.id % 32));
     SampledToken* out = p.out + (size_t)slot * p.out_capacity + (s.step + lane) % p.out_capacity;
-    out->id = r.id, out->logprob = r.logprob, out->fault = r.fault, out->row = lane, out->drafts = count - 1;
-    __threadfence_system();
-    *reinterpret_cast<volatile uint32_t*>(&out->step) = s.step + lane + 1;
+    // The host reads it once the kernel has ended.
+    *out = {r.id, r.logprob, r.fault, emitted, count - 1, s.step + lane + 1};
     return w;
 }
 
@@ -243,6 +247,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_c
     overlap_next();
     __shared__ Marks marks;
     __shared__ Walk walked;
+    __shared__ DecodeState state;
     const uint32_t row = blockIdx.y, slot = p.slots == 1 ? 0 : row, warp = threadIdx.x / 32;
     const Part part = part_of(blockIdx.x, p.vocab);
     wait_previous();
@@ -251,9 +256,10 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_c
     const uint32_t i = part.begin + threadIdx.x;
     if (i < part.end) values = __ldcg(reinterpret_cast<const float4*>(p.logits + (size_t)row * p.vocab) + i);
     const uint32_t tokens = min(p.step->tokens, p.rows);
-    const DecodeState state = p.state[slot];
-    const Row r = {row, slot, min(state.length, p.history_capacity), p.slots == 1 ? row : 0};
-    const bool live = row < tokens && !state.done;
+    const DecodeState now = p.state[slot];
+    if (threadIdx.x == 0) state = now;  // wanted at the end, and out of the registers until then
+    const Row r = {row, slot, min(now.length, p.history_capacity), p.slots == 1 ? row : 0};
+    const bool live = row < tokens && !now.done;
 
     if (live) {
         mark_part(p, r, part, marks);
@@ -261,7 +267,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_c
         if (threadIdx.x % 32 == 0) {
             float4* at = survey_at(p, row, blockIdx.x * BLOCK_WARPS + warp);
             at[0] = make_float4(__uint_as_float(s.key), __uint_as_float(s.id), s.top, s.sum);
-            at[1].x = __uint_as_float(s.fault);
+            at[1] = make_float4(s.logit, __uint_as_float(s.fault), 0.f, 0.f);
         }
     }
     if (!last_to_arrive(p.arrivals + row, PEREGRINE_SAMPLE_BLOCKS)) return;
@@ -272,7 +278,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_c
             *survey_at(p, row, 0) = make_float4(__uint_as_float(result.id), result.logprob, __uint_as_float(result.fault), 0.f);
         if (!last_to_arrive(p.arrivals + p.rows, p.rows)) return;
     }
-    if (tokens == 0 || state.done) return;
+    if (tokens == 0 || now.done) return;
 
     const uint32_t first = p.slots == 1 ? 0 : row, count = p.slots == 1 ? tokens : 1;
     if (warp == 0) {

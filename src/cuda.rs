@@ -310,7 +310,7 @@ impl CudaTimeline {
         running.returned += 1;
         self.logits_held = false;
         self.position = running.start + running.returned - 1;
-        let Some(arrival) = self.sampler.tokens.read(0, running.returned)? else {
+        let Some(arrival) = self.sampler.tokens.arrived(0, running.returned).next().transpose()? else {
             return Err(Error::Usage("next_token: the generation has ended".into()));
         };
         running.tally.count(arrival.row, arrival.drafts);

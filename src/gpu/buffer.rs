@@ -157,7 +157,7 @@ fn pinned<T: DeviceRepr>(gpu: &Gpu, elems: usize) -> Result<PinnedHostSlice<T>> 
     })
 }
 
-/// Words of a `SampledToken`: id, log probability, fault, row, drafts, step.
+/// Words of a `SampledToken`: id, log probability, fault, emitted, drafts, step.
 const TOKEN_WORDS: usize = 6;
 
 /// A token that has arrived from the GPU.
@@ -205,45 +205,42 @@ impl MappedTokens {
         Ok(self.words.as_mut_ptr().map_err(|e| driver_error("tokens", e))?.wrapping_add(first))
     }
 
-    /// The tokens of a slot that have arrived, from `step` (from 1) on. The caller has waited for an event behind the first `sample`
-    /// of the generation; from then on a step's token is there as soon as the GPU has written it, and stays until the slot's next
-    /// `capacity` tokens.
-    pub fn arrived(&self, slot: usize, step: usize) -> impl Iterator<Item = Result<Arrival>> + '_ {
-        (step..).map_while(move |step| self.read(slot, step).transpose())
+    /// The tokens of one step of a slot, of which token `first` (from 1) of the generation is the first; none if the slot was done
+    /// before. The caller has waited for an event behind the `sample` of that step.
+    pub fn arrived(&self, slot: usize, first: usize) -> impl Iterator<Item = Result<Arrival>> + '_ {
+        let count = self.words(slot, first).map_or(1, |words| words.map_or(0, |words| words[3] as usize));
+        (0..count.min(self.capacity)).filter_map(move |row| self.read(slot, first, row).transpose())
     }
 
-    /// The token of `step` (from 1), if it has arrived.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`] if the logits were not all numbers.
-    #[allow(unsafe_code)]
-    pub fn read(&self, slot: usize, step: usize) -> Result<Option<Arrival>> {
-        let at = self.first_word(slot)? + step.wrapping_sub(1) % self.capacity * TOKEN_WORDS;
-        let base = self.words.as_ptr().map_err(|e| driver_error("tokens", e))?;
-        let word = |i: usize| {
-            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length the words were allocated with, by `first_word` and the modulo.
-            let address = unsafe { base.add(at + i) };
-            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
-            unsafe { address.read_volatile() }
-        };
-        if step == 0 || word(5) as usize != step {
+    /// Token `first + row` of the generation.
+    fn read(&self, slot: usize, first: usize, row: usize) -> Result<Option<Arrival>> {
+        let Some([id, logprob, fault, _, drafts, _]) = self.words(slot, first + row)? else {
             return Ok(None);
-        }
-        // The GPU wrote this word last.
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-        match word(2) {
-            0 => Ok(Some(Arrival {
-                sampled: Sampled { id: word(0), logprob: f32::from_bits(word(1)) },
-                row: word(3) as usize,
-                drafts: word(4) as usize,
-            })),
-            fault => Err(Error::Cuda {
+        };
+        if fault > 0 {
+            return Err(Error::Cuda {
                 op: "sample".into(),
                 what: format!(
                     "the logit of token {} is not a finite number: damaged weights or an overflow",
                     fault - 1
                 ),
-            }),
+            });
         }
+        let sampled = Sampled { id, logprob: f32::from_bits(logprob) };
+        Ok(Some(Arrival { sampled, row, drafts: drafts as usize }))
+    }
+
+    /// The words of token `step` (from 1), if it is there.
+    #[allow(unsafe_code)]
+    fn words(&self, slot: usize, step: usize) -> Result<Option<[u32; TOKEN_WORDS]>> {
+        let at = self.first_word(slot)? + step.wrapping_sub(1) % self.capacity * TOKEN_WORDS;
+        let base = self.words.as_ptr().map_err(|e| driver_error("tokens", e))?;
+        let words: [u32; TOKEN_WORDS] = std::array::from_fn(|i| {
+            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length the words were allocated with, by `first_word` and the modulo.
+            let address = unsafe { base.add(at + i) };
+            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
+            unsafe { address.read_volatile() }
+        });
+        Ok((step > 0 && words[5] as usize == step).then_some(words))
     }
 }

@@ -59,13 +59,18 @@ fn sample_matches_reference() {
                     let logits = DevBuf::from_host(&stream, "logits", &logits).unwrap();
                     ops::sample(&stream, &mut state, &logits, &sampling, &[]).unwrap();
                     stream.synchronize().unwrap();
-                    let got = state.tokens.read(0, step).unwrap().unwrap();
+                    let got = state.tokens.arrived(0, step).next().unwrap().unwrap();
                     assert_eq!(
                         got.sampled.id, want.id,
                         "vocab {vocab} case {case} {sampling:?} trial {trial} step {step}"
                     );
                     assert_eq!((got.row, got.drafts), (0, 0));
-                    assert!(state.tokens.read(0, step + 1).unwrap().is_none(), "one token a step");
+                    assert_eq!(state.tokens.arrived(0, step).count(), 1);
+                    assert_eq!(
+                        state.tokens.arrived(0, step + 1).count(),
+                        0,
+                        "an older generation's are gone"
+                    );
                     worst = worst.max((got.sampled.logprob - want.logprob).abs());
                     history.push(want.id);
                     let length = history.len() as u32;
@@ -95,7 +100,11 @@ fn sample_holds_both_zeros_for_equal() {
             ops::start(&stream, &mut state, 0, &[1, 2]).unwrap();
             ops::sample(&stream, &mut state, &buffer, &sampling, &[]).unwrap();
             stream.synchronize().unwrap();
-            assert_eq!(state.tokens.read(0, 1).unwrap().unwrap().sampled.id, want.id, "{sampling:?}");
+            assert_eq!(
+                state.tokens.arrived(0, 1).next().unwrap().unwrap().sampled.id,
+                want.id,
+                "{sampling:?}"
+            );
         }
     }
 }
@@ -112,7 +121,7 @@ fn sample_names_a_logit_that_is_no_number() {
         let logits = DevBuf::from_host(&stream, "logits", &logits).unwrap();
         ops::sample(&stream, &mut state, &logits, &Sampling::default(), &[]).unwrap();
         stream.synchronize().unwrap();
-        let message = state.tokens.read(0, 1).unwrap_err().to_string();
+        let message = state.tokens.arrived(0, 1).next().unwrap().unwrap_err().to_string();
         assert!(message.contains("token 77 "), "{message}");
     }
 }
@@ -262,16 +271,16 @@ fn sample_of_several_rows_is_that_of_one_by_one() {
     let Some((gpu, stream)) = gpu() else { return };
     let room = |max_context| Ends { max_context, stop_ids: &[] };
     let mut seed = 0;
-    for (vocab, rows) in [(4096, 8), (65024, 8), (4096, 2), (65024, 3)] {
-        for setting in settings() {
-            for length in [3, 60, 1000] {
-                seed += 1;
-                let sampling = Sampling { seed, ..setting.clone() }.speculate(true);
-                let shape = single(vocab, rows, 1200);
-                let once = || speculate_once((&gpu, &stream), shape, &sampling, seed, &room(1200), length);
-                let bits = once();
-                assert!(vocab != 65024 || length != 60 || bits == once(), "second run differs");
-            }
+    for (vocab, rows, lengths) in
+        [(4096, 8, &[3, 60, 1000][..]), (4096, 2, &[60]), (65024, 8, &[60]), (65024, 3, &[1000])]
+    {
+        for (setting, &length) in settings().iter().flat_map(|s| lengths.iter().map(move |l| (s, l))) {
+            seed += 1;
+            let sampling = Sampling { seed, ..setting.clone() }.speculate(true);
+            let shape = single(vocab, rows, 1200);
+            let once = || speculate_once((&gpu, &stream), shape, &sampling, seed, &room(1200), length);
+            let bits = once();
+            assert!(rows != 8 || vocab == 65024 && seed % 4 > 0 || bits == once(), "second run differs");
         }
     }
 }
