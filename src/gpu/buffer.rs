@@ -173,17 +173,24 @@ pub struct Arrival {
 
 /// Rings of `SampledToken` in pinned host memory, one a slot: the sampler kernel writes, the host reads without a copy.
 pub struct MappedTokens {
-    words: PinnedHostSlice<u32>,
+    /// Of `_words`, whose own accessors wait for an event, which a stream that is being captured cannot.
+    base: *mut u32,
     slots: usize,
     capacity: usize,
+    _words: PinnedHostSlice<u32>,
 }
+
+// SAFETY: `base` points into `_words`, which is `Send` and moves along; the memory itself stays where it is.
+#[allow(unsafe_code)]
+unsafe impl Send for MappedTokens {}
 
 impl MappedTokens {
     /// Room for `capacity` tokens a slot.
     pub fn new(gpu: &Gpu, slots: usize, capacity: usize) -> Result<MappedTokens> {
         let mut words: PinnedHostSlice<u32> = pinned(gpu, slots * capacity * TOKEN_WORDS)?;
         words.as_mut_slice().map_err(|e| driver_error("tokens", e))?.fill(0);
-        Ok(MappedTokens { words, slots, capacity })
+        let base = words.as_mut_ptr().map_err(|e| driver_error("tokens", e))?;
+        Ok(MappedTokens { base, slots, capacity, _words: words })
     }
 
     /// Tokens a slot has room for.
@@ -201,8 +208,7 @@ impl MappedTokens {
     }
 
     pub(super) fn slot_mut(&mut self, slot: usize) -> Result<*mut u32> {
-        let first = self.first_word(slot)?;
-        Ok(self.words.as_mut_ptr().map_err(|e| driver_error("tokens", e))?.wrapping_add(first))
+        Ok(self.base.wrapping_add(self.first_word(slot)?))
     }
 
     /// The tokens of one step of a slot, of which token `first` (from 1) of the generation is the first; none if the slot was done
@@ -234,10 +240,9 @@ impl MappedTokens {
     #[allow(unsafe_code)]
     fn words(&self, slot: usize, step: usize) -> Result<Option<[u32; TOKEN_WORDS]>> {
         let at = self.first_word(slot)? + step.wrapping_sub(1) % self.capacity * TOKEN_WORDS;
-        let base = self.words.as_ptr().map_err(|e| driver_error("tokens", e))?;
         let words: [u32; TOKEN_WORDS] = std::array::from_fn(|i| {
-            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length the words were allocated with, by `first_word` and the modulo.
-            let address = unsafe { base.add(at + i) };
+            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length of `_words`, by `first_word` and the modulo.
+            let address = unsafe { self.base.add(at + i) };
             // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
             unsafe { address.read_volatile() }
         });
