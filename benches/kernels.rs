@@ -18,7 +18,7 @@ fn main() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use peregrine::gpu::ops::{self, *};
-    use peregrine::gpu::{DevBuf, Gpu, Stream};
+    use peregrine::gpu::{DevBuf, Gpu, StepGraph, Stream};
     use peregrine::sampler::Sampling;
 
     const HIDDEN: usize = 4544;
@@ -293,19 +293,42 @@ mod cuda {
                 (unit() + unit() + unit() + unit()) * 4.3
             })
             .collect();
-        logits.upload(s, 0, &bell).unwrap();
-        let mut sampler = SamplerState::new(&b.gpu, s, VOCAB, 4096).unwrap();
-        ops::start(s, &mut sampler, &[1, 2, 3], VOCAB).unwrap();
         let card =
             Sampling { temperature: 0.7, top_p: 0.95, repetition_penalty: 1.15, ..Sampling::default() };
         let whole = Sampling { temperature: 1.0, top_k: 0, top_p: 0.9, ..Sampling::default() };
-        for (name, sampling) in [
-            ("greedy", Sampling::default()),
-            ("card: top_k 50 top_p 0.95", card),
-            ("top_p 0.9 of all", whole),
+        let greedy = Sampling::default();
+        let speculating = greedy.clone().speculate(true);
+        for (name, slots, rows, sampling) in [
+            ("greedy", 1, 1, &greedy),
+            ("card: top_k 50 top_p 0.95", 1, 1, &card),
+            ("top_p 0.9 of all", 1, 1, &whole),
+            ("greedy, 8 rows, drafts", 1, 8, &speculating),
+            ("greedy, 8 slots", 8, 8, &greedy),
+            ("card, 8 slots", 8, 8, &card),
+            ("card, 64 slots", 64, 64, &card),
         ] {
-            b.row(&format!("sample {name}"), Work { bytes: (VOCAB * 4) as f64, flop: 0.0 }, 8, |_| {
-                ops::sample(s, &mut sampler, &logits, VOCAB, &sampling).unwrap();
+            // Room for all the calls: a slot that is done does nothing.
+            let shape = SamplerShape { slots, rows, vocab: VOCAB, max_context: 8192 };
+            let mut sampler = SamplerState::new(&b.gpu, s, shape).unwrap();
+            let mut logits = DevBuf::<f32>::zeros(s, "logits", rows * VOCAB).unwrap();
+            for row in 0..rows {
+                logits.upload(s, row * VOCAB, &bell).unwrap();
+            }
+            let history: Vec<u32> = (0..1000).map(|i| i % 7).collect();
+            for slot in 0..slots {
+                ops::start(s, &mut sampler, slot, &history).unwrap();
+            }
+            let sampling = sampling.clone().max_new_tokens(8192);
+            let bytes = (rows * VOCAB * 4) as f64;
+            // In a graph, as launches from the host take as long as the kernel.
+            let mut graph = StepGraph::capture(s, || {
+                (0..16).try_for_each(|_| ops::sample(s, &mut sampler, &logits, &sampling, &[]))
+            })
+            .unwrap();
+            b.row(&format!("sample {name}"), Work { bytes, flop: 0.0 }, 16, |i| {
+                if i == 0 {
+                    graph.launch().unwrap();
+                }
             });
         }
         let words = tokens(s, 1, 0, 1);

@@ -11,11 +11,12 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, GEMV_TOKENS, SamplerState};
+use crate::gpu::ops::{self, GEMV_TOKENS, SamplerShape, SamplerState};
 use crate::gpu::{Gpu, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::{Sampled, Sampling};
 use crate::scratch::Scratch;
+use crate::speculate::Tally;
 use crate::weights::Weights;
 
 /// Most tokens of one prefill call; longer prompts go in several.
@@ -80,6 +81,8 @@ impl CudaModel {
 /// A generation under way.
 struct Running {
     sampling: Sampling,
+    stop_ids: Vec<u32>,
+    tally: Tally,
     /// Tokens before the generation.
     start: usize,
     /// Tokens handed to the caller.
@@ -121,7 +124,7 @@ impl CudaTimeline {
         for tokens in WARM_UP_TOKENS {
             let ids = vec![0; tokens.min(max_context)];
             timeline.prefill(&ids)?;
-            timeline.begin(&Sampling::default(), &ids)?;
+            timeline.begin(&Sampling::default(), &[], &ids)?;
             timeline.next_token()?;
             timeline.rewind(0)?;
         }
@@ -144,7 +147,11 @@ impl CudaTimeline {
         let cache = KvCache::new(&stream, config.num_layers, 1, max_context)?;
         let scratch =
             Scratch::new(&stream, config, max_context, max_context.min(PREFILL_TOKENS), model.act_order())?;
-        let sampler = SamplerState::new(&model.gpu, &stream, config.vocab_size, max_context + 1)?;
+        let sampler = SamplerState::new(
+            &model.gpu,
+            &stream,
+            SamplerShape { slots: 1, rows: 1, vocab: config.vocab_size, max_context },
+        )?;
         Ok(CudaTimeline {
             stream,
             cache,
@@ -185,7 +192,7 @@ impl CudaTimeline {
             weights: &self.model.weights,
             cache: &mut self.cache,
             scratch: &mut self.scratch,
-            step: &self.sampler.state,
+            step: &self.sampler.step,
             gemv_works: self.model.gemv_works,
         }
     }
@@ -249,7 +256,7 @@ impl CudaTimeline {
     }
 
     /// Starts a generation after a prefill. `history`: every token so far, the scope of the repetition penalty.
-    pub fn begin(&mut self, sampling: &Sampling, history: &[u32]) -> Result<()> {
+    pub fn begin(&mut self, sampling: &Sampling, stop_ids: &[u32], history: &[u32]) -> Result<()> {
         if !self.logits_held || history.len() != self.position {
             return Err(Error::Usage(format!(
                 "begin: {} tokens of history, {} in the cache; prefill first",
@@ -257,10 +264,16 @@ impl CudaTimeline {
                 self.position
             )));
         }
-        ops::start(&self.stream, &mut self.sampler, history, self.model.config.vocab_size)?;
+        ops::start(&self.stream, &mut self.sampler, 0, history)?;
         let queued = VecDeque::new();
-        self.running =
-            Some(Running { sampling: sampling.clone(), start: self.position, returned: 0, queued });
+        self.running = Some(Running {
+            sampling: sampling.clone(),
+            stop_ids: stop_ids.to_vec(),
+            tally: Tally::default(),
+            start: self.position,
+            returned: 0,
+            queued,
+        });
         Ok(())
     }
 
@@ -285,8 +298,8 @@ impl CudaTimeline {
                 &self.stream,
                 &mut self.sampler,
                 &self.scratch.logits,
-                self.model.config.vocab_size,
                 &running.sampling,
+                &running.stop_ids,
             )?;
             running.queued.push_back(self.stream.record(false)?);
         }
@@ -297,9 +310,18 @@ impl CudaTimeline {
         running.returned += 1;
         self.logits_held = false;
         self.position = running.start + running.returned - 1;
-        let sampled = self.sampler.tokens.read(running.returned as u32)?;
+        let Some(arrival) = self.sampler.tokens.arrived(0, running.returned).next().transpose()? else {
+            return Err(Error::Usage("next_token: the generation has ended".into()));
+        };
+        running.tally.count(arrival.row, arrival.drafts);
         self.running = Some(running);
-        Ok(sampled)
+        Ok(arrival.sampled)
+    }
+
+    /// What the steps since `begin` came to, of the tokens handed out.
+    #[must_use]
+    pub fn tally(&self) -> Tally {
+        self.running.as_ref().map_or(Tally::default(), |running| running.tally)
     }
 
     /// Captures the decode step, unless that is done or switched off.

@@ -65,6 +65,7 @@ pub struct Engine {
 struct Inner {
     checkpoint: Arc<Checkpoint>,
     tokenizer: Result<Tokenizer>,
+    stop_ids: Vec<u32>,
     model: device::Model,
     device_name: String,
     fallback_reason: Option<String>,
@@ -97,7 +98,15 @@ impl Engine {
         let tokenizer = checkpoint.tokenizer_json().and_then(|bytes| Tokenizer::from_json(bytes, &file));
         let (model, fallback_reason) = device::Model::load(&checkpoint, options)?;
         let device_name = model.device_name();
-        Ok(Engine { inner: Arc::new(Inner { checkpoint, tokenizer, model, device_name, fallback_reason }) })
+        // The checkpoint's own come first: a GPU knows the first sixteen.
+        let mut stop_ids = checkpoint.config().eos_ids.clone();
+        if let Ok(tokenizer) = &tokenizer {
+            let special = (0..tokenizer.vocab_size() as u32).filter(|&id| tokenizer.is_special(id));
+            let others: Vec<u32> = special.filter(|id| !stop_ids.contains(id)).collect();
+            stop_ids.extend(others);
+        }
+        let inner = Inner { checkpoint, tokenizer, stop_ids, model, device_name, fallback_reason };
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// The model's shape.
@@ -154,9 +163,9 @@ impl Engine {
         Ok(Session::new(self.clone(), self.inner.model.timeline(max_context)?, max_context))
     }
 
-    /// Whether `id` ends a text: `<|endoftext|>`, the checkpoint's own end ids, and the tokenizer's other special
-    /// tokens, which no Falcon answer contains.
-    fn ends_text(&self, id: u32) -> bool {
-        self.config().eos_ids.contains(&id) || self.inner.tokenizer.as_ref().is_ok_and(|t| t.is_special(id))
+    /// Ids that end a text: `<|endoftext|>`, the checkpoint's own end ids, and the tokenizer's other special tokens,
+    /// which no Falcon answer contains.
+    fn stop_ids(&self) -> &[u32] {
+        &self.inner.stop_ids
     }
 }

@@ -26,16 +26,14 @@ pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
-pub use sampling::{SamplerState, sample, start};
-pub use step::{STEP_HEADER_WORDS, STEP_TOKEN_WORDS, StepTokens, step_token_words};
+pub use sampling::{SamplerShape, SamplerState, sample, start};
+pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
 pub use table::{Table, embed, head, table_repack};
 
 /// Most tokens of a `gptq_gemv` or `head` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
-/// Words of the decode state: a `Step` with one token, step, length of the history.
-pub const STATE_WORDS: usize = 10;
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)
