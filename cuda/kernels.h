@@ -21,7 +21,8 @@ extern "C" {
 #define PEREGRINE_UNIT_ROWS 16     // output rows of a unit
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
-#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv, head or attn_decode call: the N of mma.m16n8k16
+#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv or attn_decode call: the N of mma.m16n8k16
+#define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_ATTN_CHUNK 256   // keys of one attn_decode block
 
@@ -56,7 +57,7 @@ typedef struct GptqOutput {
     uint32_t split_row;  // a multiple of 16
 } GptqOutput;
 
-// gptq_gemv, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
+// gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
     GptqMatrix w;
     const uint16_t* x;   // [tokens, x_stride] f16; the first k of each row are used
@@ -66,6 +67,7 @@ typedef struct GptqMatmulParams {
     GptqOutput y;
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
 
 // gptq_repack: AutoGPTQ's tensors to units, into rows [row0, row0 + n) and inputs [input0, input0 + k) of a matrix.
@@ -153,7 +155,7 @@ typedef struct HeadParams {
     float* logits;          // [tokens, vocab]
     uint32_t tokens, hidden, vocab;
 } HeadParams;
-int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_BATCH_TOKENS
 
 // What the sampler tells the host about one token; lies in pinned host memory.
 typedef struct SampledToken {

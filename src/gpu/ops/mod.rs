@@ -3,7 +3,7 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `sampling`: start, sample. `probe`: unpack_check, stream_read.
 
 mod attention;
@@ -28,8 +28,10 @@ pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerState, sample, start};
 pub use table::{Ids, Table, embed, head, table_repack};
 
-/// Most tokens of a `gptq_gemv`, `head` or `attn_decode` call.
+/// Most tokens of a `gptq_gemv` or `attn_decode` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
+/// Most tokens of a `gptq_batch` or `head` call.
+pub const BATCH_TOKENS: usize = ffi::PEREGRINE_BATCH_TOKENS as usize;
 /// Words of the decode state: position, token, step, length of the history.
 pub const STATE_WORDS: usize = 4;
 const STATE_POSITION: usize = 0;
