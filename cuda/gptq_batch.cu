@@ -8,7 +8,7 @@
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 77 MB of activations from L2 beside it.
 // Measured [qkv ; up] 22.1, 25.9, 36.9 us and [down | dense] 20.5, 23.9, 34.1 us at 16, 32, 64 tokens (9: 20.9 and 19.8); H200, cold L2,
 //          back to back. Not limited by memory: the schedulers issue in 57 % of the cycles (two groups of warps, below; 47 % at 64 tokens),
-//          some 85 to 105 instructions a unit of which unpacking is 36. A warp waits for its own wgmma before it unpacks the next unit.
+//          some 85 to 105 instructions a unit of which unpacking is 36. Those times are of one chain a warp; two (batch.cuh) unmeasured.
 // Tried    all warps copy, a barrier for all a stage: 29, 34, 45 us ([qkv ; up]). The same with pairs of blocks (clusters) that share
 //          22 row tiles and halve the activations from L2: 28, 33, 46 us. Two groups of 12 warps that share the units of a stage:
 //          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us. No proxy fence: 0.2 us less.
