@@ -127,7 +127,7 @@ mod cuda {
         for (name, n, k) in [("qkv_up", HIDDEN + 128 + FFN, HIDDEN), ("down_dense", HIDDEN, FFN + HIDDEN)] {
             let weights: Vec<_> = (0..COPIES).map(|_| matrix(&b.stream, n, k)).collect();
             let slices = ops::slices(k);
-            for m in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048] {
+            for m in [1, 2, 4, 8, 9, 16, 32, 64, 128, 256, 512, 2048] {
                 let x = random_u16(&b.stream, m * k);
                 let (mut out, mut wide) =
                     (random_u16(&b.stream, m * (HIDDEN + 128)), random_u16(&b.stream, m * (FFN + HIDDEN)));
@@ -135,36 +135,33 @@ mod cuda {
                     DevBuf::<f32>::zeros(&b.stream, "out", slices * m.min(512) * n.min(HIDDEN)).unwrap();
                 let mut residual = DevBuf::<f32>::zeros(&b.stream, "x", m * HIDDEN).unwrap();
                 let work = || Work { bytes: weights[0].units.bytes() as f64, flop: 2.0 * (m * n * k) as f64 };
-                for kernel in [MatmulKernel::Gemv, MatmulKernel::Gemm] {
-                    if (kernel == MatmulKernel::Gemv) != (m <= GEMV_TOKENS) {
-                        continue;
-                    }
-                    let mut run = |i: usize, partial: bool| {
-                        let output = match (name, partial) {
-                            ("qkv_up", _) => MatmulOutput::Split {
-                                out: &mut out,
-                                gelu_out: &mut wide,
-                                gelu_stride: FFN + HIDDEN,
-                                split_row: HIDDEN + 128,
-                                bias: None,
-                            },
-                            (_, true) => MatmulOutput::Partials(&mut f32_out),
-                            _ => MatmulOutput::Residual { x: &mut residual, bias: None },
-                        };
-                        let s = if name == "down_dense" && partial { slices } else { 1 };
-                        let a = Activations { x: &x, stride: k, tokens: m };
-                        ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output)
-                            .unwrap();
+                let kernel = match m {
+                    _ if m <= GEMV_TOKENS => MatmulKernel::Gemv,
+                    _ if m <= BATCH_TOKENS => MatmulKernel::Batch,
+                    _ => MatmulKernel::Gemm,
+                };
+                let mut run = |i: usize, partial: bool| {
+                    let output = match (name, partial) {
+                        ("qkv_up", _) => MatmulOutput::Split {
+                            out: &mut out,
+                            gelu_out: &mut wide,
+                            gelu_stride: FFN + HIDDEN,
+                            split_row: HIDDEN + 128,
+                            bias: None,
+                        },
+                        (_, true) => MatmulOutput::Partials(&mut f32_out),
+                        _ => MatmulOutput::Residual { x: &mut residual, bias: None },
                     };
-                    let per_batch = if m <= 8 { 32 } else { 8 };
-                    if m <= 512 {
-                        b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
-                    }
-                    if m > 128 && name == "down_dense" || m > 512 {
-                        b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| {
-                            run(i, false)
-                        });
-                    }
+                    let s = if name == "down_dense" && partial { slices } else { 1 };
+                    let a = Activations { x: &x, stride: k, tokens: m };
+                    ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output).unwrap();
+                };
+                let per_batch = if m <= BATCH_TOKENS { 32 } else { 8 };
+                if m <= 512 {
+                    b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
+                }
+                if m > 128 && name == "down_dense" || m > 512 {
+                    b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| run(i, false));
                 }
             }
         }
@@ -270,8 +267,8 @@ mod cuda {
     fn head_and_sample(b: &Bench) {
         let s = &b.stream;
         let table = Table { units: random_u16(s, VOCAB * HIDDEN), vocab: VOCAB, hidden: HIDDEN };
-        let mut logits = DevBuf::<f32>::zeros(s, "logits", 8 * VOCAB).unwrap();
-        for m in [1, 8] {
+        let mut logits = DevBuf::<f32>::zeros(s, "logits", BATCH_TOKENS * VOCAB).unwrap();
+        for m in [1, 8, 16, 32, 64] {
             let x = random_u16(s, m * HIDDEN);
             b.row(
                 &format!("head m {m}"),

@@ -21,7 +21,8 @@ extern "C" {
 #define PEREGRINE_UNIT_ROWS 16     // output rows of a unit
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
-#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv or head call: the N of mma.m16n8k16
+#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
+#define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 16      // most ids that end a generation on the device
@@ -78,7 +79,7 @@ typedef struct GptqOutput {
     uint32_t split_row;  // a multiple of 16
 } GptqOutput;
 
-// gptq_gemv, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
+// gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
     GptqMatrix w;
     const uint16_t* x;   // [tokens, x_stride] f16; the first k of each row are used
@@ -88,6 +89,7 @@ typedef struct GptqMatmulParams {
     GptqOutput y;
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
 
 // gptq_repack: AutoGPTQ's tensors to units, into rows [row0, row0 + n) and inputs [input0, input0 + k) of a matrix.
@@ -188,7 +190,7 @@ typedef struct HeadParams {
     float* logits;          // [tokens, vocab]
     uint32_t tokens, hidden, vocab;
 } HeadParams;
-int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_BATCH_TOKENS
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn

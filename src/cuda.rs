@@ -11,7 +11,7 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, GEMV_TOKENS, SamplerShape, SamplerState};
+use crate::gpu::ops::{self, BATCH_TOKENS, SamplerShape, SamplerState};
 use crate::gpu::{Gpu, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::{Sampled, Sampling};
@@ -21,8 +21,8 @@ use crate::weights::Weights;
 
 /// Most tokens of one prefill call; longer prompts go in several.
 const PREFILL_TOKENS: usize = 2048;
-/// Prompts that take each tile size of `gptq_gemm`, and `gptq_gemv`.
-const WARM_UP_TOKENS: [usize; 4] = [65, 33, 9, 1];
+/// Prompts that take `gptq_gemm`, each size of `gptq_batch`, and `gptq_gemv`.
+const WARM_UP_TOKENS: [usize; 5] = [65, 33, 17, 9, 1];
 /// Steps the GPU may be ahead of the host.
 const AHEAD: usize = 2;
 
@@ -245,8 +245,8 @@ impl CudaTimeline {
         let room = if token_by_token { 1 } else { self.scratch.tokens };
         for chunk in ids.chunks(room) {
             self.append(chunk)?;
-            for first in (0..chunk.len()).step_by(GEMV_TOKENS) {
-                let count = GEMV_TOKENS.min(chunk.len() - first);
+            for first in (0..chunk.len()).step_by(BATCH_TOKENS) {
+                let count = BATCH_TOKENS.min(chunk.len() - first);
                 self.pass().head(first, count)?;
                 let rows = self.scratch.logits.download(&self.stream, 0, count * vocab)?;
                 rows.chunks(vocab).try_for_each(&mut *sink)?;

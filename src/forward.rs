@@ -10,7 +10,7 @@
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::ops::{
-    self, Activations, AttnOutput, GEMV_TOKENS, MatmulKernel, MatmulOutput, PendingSum, StepTokens,
+    self, Activations, AttnOutput, BATCH_TOKENS, GEMV_TOKENS, MatmulKernel, MatmulOutput, PendingSum, StepTokens,
 };
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
@@ -76,14 +76,18 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Logits of tokens `first .. first + count` (at most 8) of the last run, into `scratch.logits`.
+    /// Logits of tokens `first .. first + count` (at most 64) of the last run, into `scratch.logits`.
     pub(crate) fn head(&mut self, first: usize, count: usize) -> Result<()> {
         let table = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
         ops::head(self.stream, table, &self.scratch.normed, first, count, &mut self.scratch.logits)
     }
 
     fn kernel(&self, m: usize) -> MatmulKernel {
-        if m <= GEMV_TOKENS && self.gemv_works { MatmulKernel::Gemv } else { MatmulKernel::Gemm }
+        match m {
+            _ if m <= GEMV_TOKENS && self.gemv_works => MatmulKernel::Gemv,
+            _ if m <= BATCH_TOKENS => MatmulKernel::Batch,
+            _ => MatmulKernel::Gemm,
+        }
     }
 
     fn qkv_up(&mut self, layer: &Layer, m: usize) -> Result<()> {

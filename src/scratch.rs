@@ -9,11 +9,11 @@
 //! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
 //! | `partials` | [slices, <= 512 tokens, hidden] f32 | 47 MB | sums of K slices |
 //! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
-//! | `logits` | [8, vocab] f32 | 2 MB | |
+//! | `logits` | [64, vocab] f32 | 17 MB | of one `head` call; sampling uses row 0 |
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::ops::{self, AttnScratch, GEMV_TOKENS, STEP_TOKEN_WORDS};
+use crate::gpu::ops::{self, AttnScratch, BATCH_TOKENS, GEMV_TOKENS, STEP_TOKEN_WORDS};
 use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
@@ -63,7 +63,7 @@ impl Scratch {
             permuted_normed: permuted(hidden)?,
             permuted_wide: permuted(wide)?,
             attn: AttnScratch::new(stream, config.num_heads, max_context, GEMV_TOKENS)?,
-            logits: DevBuf::zeros(stream, "logits", GEMV_TOKENS * config.vocab_size)?,
+            logits: DevBuf::zeros(stream, "logits", BATCH_TOKENS * config.vocab_size)?,
         })
     }
 }

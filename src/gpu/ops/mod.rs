@@ -3,8 +3,9 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
-//! `attention`: rope, attn_decode, attn_prefill. `step`: the tokens of a call. `sampling`: start, sample. `probe`: unpack_check, stream_read.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
+//! start, sample. `probe`: unpack_check, stream_read.
 
 mod attention;
 mod probe;
@@ -30,8 +31,10 @@ pub use sampling::{SamplerShape, SamplerState, sample, start};
 pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
 pub use table::{Table, embed, head, table_repack};
 
-/// Most tokens of a `gptq_gemv` or `head` call.
+/// Most tokens of a `gptq_gemv` or `decode_step` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
+/// Most tokens of a `gptq_batch` or `head` call.
+pub const BATCH_TOKENS: usize = ffi::PEREGRINE_BATCH_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
 

@@ -34,7 +34,8 @@ pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut Dev
     call!(embed, stream, params)
 }
 
-/// `head`: logits `[tokens, vocab]` f32 of rows `first ..` of `x [.., hidden]`, at most [`GEMV_TOKENS`](super::GEMV_TOKENS) tokens.
+/// `head`: logits `[tokens, vocab]` f32 of rows `first ..` of `x [.., hidden]`, at most
+/// [`BATCH_TOKENS`](super::BATCH_TOKENS) tokens.
 #[allow(unsafe_code)]
 pub fn head(
     stream: &Stream,
