@@ -275,7 +275,7 @@ mod cuda {
                 Work { bytes: table.units.bytes() as f64, flop: 2.0 * (m * VOCAB * HIDDEN) as f64 },
                 8,
                 |_| {
-                    ops::head(s, &table, &x, 0, m, &mut logits).unwrap();
+                    ops::head(s, &table, &x, 0, m, &mut logits, 0).unwrap();
                 },
             );
         }
@@ -318,7 +318,7 @@ mod cuda {
             let sampling = sampling.clone().max_new_tokens(8192);
             let bytes = (rows * VOCAB * 4) as f64;
             // In a graph, as launches from the host take as long as the kernel.
-            let mut graph = StepGraph::capture(s, || {
+            let mut graph = StepGraph::capture(s, |s| {
                 (0..16).try_for_each(|_| ops::sample(s, &mut sampler, &logits, &sampling, &[]))
             })
             .unwrap();

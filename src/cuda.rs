@@ -1,7 +1,7 @@
 //! The `cuda` device: a model on a GPU and its timelines. Same methods as [`crate::cpu`], which is its truth.
 //!
-//! A timeline owns a stream, a cache and a scratch. While tokens are generated the GPU is one step ahead of the host: the
-//! sampler leaves the token on the device, where the next step finds it, and writes it to pinned memory, where the host does.
+//! While tokens are generated the GPU is steps ahead of the host: the sampler leaves tokens on the device, where the next step
+//! finds them, and writes them to pinned memory, where the host does.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,30 +9,31 @@ use std::sync::Arc;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, BATCH_TOKENS, SamplerShape, SamplerState};
-use crate::gpu::{Gpu, StepGraph, Stream};
-use crate::kv_cache::KvCache;
+use crate::gpu::ops::{self, BATCH_TOKENS};
+use crate::gpu::{Arrival, Gpu, Stream};
+use crate::persistent::{self, Facts};
 use crate::sampler::{Sampled, Sampling};
-use crate::scratch::Scratch;
+use crate::sequences::{AHEAD, Sequences};
 use crate::speculate::Tally;
 use crate::weights::Weights;
 
-/// Most tokens of one prefill call; longer prompts go in several.
-const PREFILL_TOKENS: usize = 2048;
 /// Prompts that take `gptq_gemm`, each size of `gptq_batch`, and `gptq_gemv`.
 const WARM_UP_TOKENS: [usize; 5] = [65, 33, 17, 9, 1];
-/// Steps the GPU may be ahead of the host.
-const AHEAD: usize = 2;
 
 /// A model whose weights are on a GPU.
 pub struct CudaModel {
     gpu: Gpu,
+    /// The one stream of the model, its timelines and its batches. Two persistent kernels on two streams could each hold a part of
+    /// the multiprocessors and wait for the rest for ever; on one stream they run one after the other. Timelines on several
+    /// threads may queue work on it at any time: kernels of one stream run in order, and a decode step is one launch.
+    stream: Stream,
     ordinal: usize,
     config: ModelConfig,
     weights: Weights,
     gemv_works: bool,
+    /// Blocks of the persistent kernel, or why decode steps are one kernel an op.
+    persistent: std::result::Result<usize, &'static str>,
 }
 
 impl CudaModel {
@@ -49,7 +50,26 @@ impl CudaModel {
         let stream = gpu.stream()?;
         let gemv_works = ops::unpack_check(&stream)? == 0;
         let weights = Weights::load(&gpu, &stream, checkpoint, progress)?;
-        Ok(CudaModel { gpu, ordinal, config: checkpoint.config().clone(), weights, gemv_works })
+        let config = checkpoint.config().clone();
+        let blocks = ops::decode_step_blocks(&gpu, weights.has_zeros())?;
+        let persistent = if crate::trace::switches().no_persistent {
+            Err("PEREGRINE_NO_PERSISTENT is set")
+        } else {
+            persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
+        };
+        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent })
+    }
+
+    /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
+    #[must_use]
+    pub fn without_persistent(self) -> CudaModel {
+        CudaModel { persistent: Err("it was switched off"), ..self }
+    }
+
+    /// Why decode steps are one kernel an op; `None`: up to 8 tokens are one launch of the persistent kernel.
+    #[must_use]
+    pub fn why_not_persistent(&self) -> Option<&'static str> {
+        self.persistent.err()
     }
 
     /// For example `NVIDIA H200 (cuda:0)`.
@@ -70,46 +90,58 @@ impl CudaModel {
         Ok(total - free)
     }
 
-    fn act_order(&self) -> bool {
-        self.weights
-            .layers
-            .iter()
-            .any(|l| l.qkv_source.is_some() || l.up_source.is_some() || l.down_dense_source.is_some())
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    pub(crate) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(crate) fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub(crate) fn gemv_works(&self) -> bool {
+        self.gemv_works
+    }
+
+    pub(crate) fn persistent_blocks(&self) -> Option<usize> {
+        self.persistent.ok()
     }
 }
 
 /// A generation under way.
 struct Running {
-    sampling: Sampling,
     stop_ids: Vec<u32>,
     tally: Tally,
     /// Tokens before the generation.
     start: usize,
+    /// Most tokens of it: those wanted, or the context's end.
+    most: usize,
+    /// Tokens that arrived, handed to the caller or not.
+    made: usize,
     /// Tokens handed to the caller.
     returned: usize,
-    /// Steps queued but not handed out: an event behind each.
+    /// The last token that arrived ends it.
+    ended: bool,
+    arrived: VecDeque<Arrival>,
+    /// An event behind each step queued.
     queued: VecDeque<Event>,
 }
 
 /// One sequence: its cache, its position, and the logits of its last token.
 pub struct CudaTimeline {
     model: Arc<CudaModel>,
-    stream: Stream,
-    cache: KvCache,
-    scratch: Scratch,
-    sampler: SamplerState,
-    step: Option<StepGraph>,
+    sequences: Sequences,
     position: usize,
-    /// `scratch.logits` row 0 belongs to the last token.
+    /// Row 0 of the logits belongs to the last token.
     logits_held: bool,
     running: Option<Running>,
-}
-
-impl Drop for CudaTimeline {
-    fn drop(&mut self) {
-        // Weights and buffers must outlive what is queued. A failure was or will be reported by the call that caused it.
-        let _ = self.stream.synchronize();
-    }
 }
 
 impl CudaTimeline {
@@ -136,33 +168,8 @@ impl CudaTimeline {
     /// # Errors
     /// [`Error::OutOfGpuMemory`]; [`Error::Usage`] if the model has fewer positions.
     pub fn new(model: Arc<CudaModel>, max_context: usize) -> Result<CudaTimeline> {
-        let config = &model.config;
-        if max_context == 0 || max_context > config.max_positions {
-            return Err(Error::Usage(format!(
-                "context size {max_context}: wanted 1 to {}",
-                config.max_positions
-            )));
-        }
-        let stream = model.gpu.stream()?;
-        let cache = KvCache::new(&stream, config.num_layers, 1, max_context)?;
-        let scratch =
-            Scratch::new(&stream, config, max_context, max_context.min(PREFILL_TOKENS), model.act_order())?;
-        let sampler = SamplerState::new(
-            &model.gpu,
-            &stream,
-            SamplerShape { slots: 1, rows: 1, vocab: config.vocab_size, max_context },
-        )?;
-        Ok(CudaTimeline {
-            stream,
-            cache,
-            scratch,
-            sampler,
-            step: None,
-            position: 0,
-            logits_held: false,
-            running: None,
-            model,
-        })
+        let sequences = Sequences::new(Arc::clone(&model), 1, max_context)?;
+        Ok(CudaTimeline { model, sequences, position: 0, logits_held: false, running: None })
     }
 
     /// Tokens in the cache.
@@ -185,77 +192,49 @@ impl CudaTimeline {
         Ok(())
     }
 
-    fn pass(&mut self) -> Pass<'_> {
-        Pass {
-            stream: &self.stream,
-            config: &self.model.config,
-            weights: &self.model.weights,
-            cache: &mut self.cache,
-            scratch: &mut self.scratch,
-            step: &self.sampler.step,
-            gemv_works: self.model.gemv_works,
-        }
-    }
-
-    /// Runs `ids` (at most PREFILL_TOKENS) through the layers and counts them in.
-    fn append(&mut self, ids: &[u32]) -> Result<()> {
+    /// Appends `ids`; the logits of the last one are held for [`CudaTimeline::begin`].
+    pub fn prefill(&mut self, ids: &[u32]) -> Result<()> {
         self.running = None;
         self.logits_held = false;
-        let room = self.cache.max_context - self.position;
-        if ids.len() > room {
-            return Err(Error::Usage(format!(
-                "{} tokens do not fit the {room} positions left of the context",
-                ids.len()
-            )));
-        }
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.model.config.vocab_size) {
-            return Err(Error::Usage(format!(
-                "token id {id}: the vocabulary has {}",
-                self.model.config.vocab_size
-            )));
-        }
-        let words = ops::step_token_words(ids, self.position, 0)?;
-        self.scratch.step_tokens.upload(&self.stream, 0, &words)?;
-        self.pass().run(Tokens::Prompt(ids.len()))?;
+        self.sequences.prefill(0, self.position, ids)?;
         self.position += ids.len();
+        self.logits_held = !ids.is_empty();
         Ok(())
     }
 
-    /// Appends `ids`; the logits of the last one are held for [`CudaTimeline::begin`].
-    pub fn prefill(&mut self, ids: &[u32]) -> Result<()> {
-        let room = self.scratch.tokens;
-        for chunk in ids.chunks(room) {
-            self.append(chunk)?;
-            self.pass().head(chunk.len() - 1, 1)?;
-            self.logits_held = true;
-        }
-        // Here it costs nothing: the GPU is busy with the prompt.
-        self.capture_step()
-    }
-
-    /// Appends `ids` and hands the logits `[vocab]` of each to `sink`, in order. `token_by_token`: one pass a token, as decoding
-    /// does it; otherwise one pass for all.
+    /// Appends `ids` and hands the logits `[vocab]` of each to `sink`, in order. `token_by_token`: one decode step a token;
+    /// otherwise one pass for all.
     pub fn logits(
         &mut self,
         ids: &[u32],
         token_by_token: bool,
         sink: &mut dyn FnMut(&[f32]) -> Result<()>,
     ) -> Result<()> {
+        self.running = None;
+        self.logits_held = false;
+        if token_by_token {
+            for &id in ids {
+                self.sequences.decode(&[(id, self.position)])?;
+                self.position += 1;
+                sink(&self.sequences.logits(0, 1)?)?;
+            }
+            return Ok(());
+        }
         let vocab = self.model.config.vocab_size;
-        let room = if token_by_token { 1 } else { self.scratch.tokens };
-        for chunk in ids.chunks(room) {
-            self.append(chunk)?;
+        for chunk in ids.chunks(self.sequences.room()) {
+            self.sequences.append(0, self.position, chunk)?;
+            self.position += chunk.len();
             for first in (0..chunk.len()).step_by(BATCH_TOKENS) {
                 let count = BATCH_TOKENS.min(chunk.len() - first);
-                self.pass().head(first, count)?;
-                let rows = self.scratch.logits.download(&self.stream, 0, count * vocab)?;
-                rows.chunks(vocab).try_for_each(&mut *sink)?;
+                self.sequences.head(first, count, 0)?;
+                self.sequences.logits(0, count)?.chunks(vocab).try_for_each(&mut *sink)?;
             }
         }
         Ok(())
     }
 
     /// Starts a generation after a prefill. `history`: every token so far, the scope of the repetition penalty.
+    /// [`Sampling::speculate`] is for the persistent kernel: with one kernel an op each step gives one token, the same ones.
     pub fn begin(&mut self, sampling: &Sampling, stop_ids: &[u32], history: &[u32]) -> Result<()> {
         if !self.logits_held || history.len() != self.position {
             return Err(Error::Usage(format!(
@@ -264,55 +243,60 @@ impl CudaTimeline {
                 self.position
             )));
         }
-        ops::start(&self.stream, &mut self.sampler, 0, history)?;
-        let queued = VecDeque::new();
+        self.sequences.plan(sampling, stop_ids)?;
+        self.sequences.start(0, history)?;
         self.running = Some(Running {
-            sampling: sampling.clone(),
             stop_ids: stop_ids.to_vec(),
             tally: Tally::default(),
             start: self.position,
+            most: most_tokens(sampling, self.position, self.sequences.max_context()),
+            made: 0,
             returned: 0,
-            queued,
+            ended: false,
+            arrived: VecDeque::new(),
+            queued: VecDeque::new(),
         });
         Ok(())
     }
 
-    /// Chooses the next token. It is appended to the cache before the following `next_token`.
+    /// Chooses the next token. It is appended to the cache before the following `next_token`. A step of drafts gives several, which
+    /// are handed out one by one.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the context is full; [`Error::Cuda`] if a kernel failed or a logit is not a number.
+    /// [`Error::Usage`] when the context is full, or the generation has ended; [`Error::Cuda`] if a kernel failed or a logit is
+    /// not a number.
     pub fn next_token(&mut self) -> Result<Sampled> {
         let Some(mut running) = self.running.take() else {
             return Err(Error::Usage("next_token: no generation was begun".into()));
         };
-        // Step s chooses token s; from the second on it first appends token s - 1 at position start + s - 2.
-        while running.queued.len() < AHEAD {
-            let step = running.returned + running.queued.len() + 1;
-            if step > 1 && running.start + step - 2 >= self.cache.max_context {
-                break;
-            }
-            if step > 1 {
-                self.queue_step()?;
-            }
-            ops::sample(
-                &self.stream,
-                &mut self.sampler,
-                &self.scratch.logits,
-                &running.sampling,
-                &running.stop_ids,
-            )?;
-            running.queued.push_back(self.stream.record(false)?);
+        // Ahead of what is handed out: the steps behind run while the caller looks at this token.
+        while !running.ended
+            && running.queued.len() < AHEAD
+            && running.made + running.queued.len() < running.most
+        {
+            let appends = running.made + running.queued.len() > 0;
+            running.queued.push_back(self.sequences.queue(appends)?);
         }
-        let Some(event) = running.queued.pop_front() else {
-            return Err(Error::Usage(format!("the context of {} tokens is full", self.cache.max_context)));
+        if running.arrived.is_empty()
+            && let Some(event) = running.queued.pop_front()
+        {
+            self.sequences.wait(&event)?;
+            let step = self.sequences.arrived(0, running.made + 1)?;
+            running.made += step.len();
+            let last = step.last().map(|arrival| arrival.sampled.id);
+            running.ended =
+                running.made >= running.most || last.is_none_or(|id| running.stop_ids.contains(&id));
+            running.arrived.extend(step);
+        }
+        let Some(arrival) = running.arrived.pop_front() else {
+            let most = self.sequences.max_context();
+            return Err(Error::Usage(format!(
+                "next_token: the generation has ended, or the context of {most} tokens is full"
+            )));
         };
-        event.wait()?;
         running.returned += 1;
         self.logits_held = false;
         self.position = running.start + running.returned - 1;
-        let Some(arrival) = self.sampler.tokens.arrived(0, running.returned).next().transpose()? else {
-            return Err(Error::Usage("next_token: the generation has ended".into()));
-        };
         running.tally.count(arrival.row, arrival.drafts);
         self.running = Some(running);
         Ok(arrival.sampled)
@@ -323,32 +307,9 @@ impl CudaTimeline {
     pub fn tally(&self) -> Tally {
         self.running.as_ref().map_or(Tally::default(), |running| running.tally)
     }
+}
 
-    /// Captures the decode step, unless that is done or switched off.
-    fn capture_step(&mut self) -> Result<()> {
-        let switches = crate::trace::switches();
-        if self.step.is_some() || switches.no_graph || switches.sync {
-            return Ok(());
-        }
-        let mut pass = self.pass();
-        let graph = StepGraph::capture(pass.stream, move || {
-            pass.run(Tokens::Step(1))?;
-            pass.head(0, 1)
-        })?;
-        self.step = Some(graph);
-        Ok(())
-    }
-
-    /// Queues the pass of the decode state's token.
-    fn queue_step(&mut self) -> Result<()> {
-        self.capture_step()?;
-        match &mut self.step {
-            Some(graph) => graph.launch(),
-            None => {
-                let mut pass = self.pass();
-                pass.run(Tokens::Step(1))?;
-                pass.head(0, 1)
-            }
-        }
-    }
+/// Most tokens of a generation after `start` tokens: the last one need not fit into the context.
+pub(crate) fn most_tokens(sampling: &Sampling, start: usize, max_context: usize) -> usize {
+    sampling.max_new_tokens.max(1).min(max_context - start + 1)
 }

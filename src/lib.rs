@@ -39,6 +39,8 @@ pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod cuda_batch;
 pub mod engine;
 pub mod error;
 #[cfg(feature = "cuda")]
@@ -49,12 +51,16 @@ pub mod inspect;
 #[cfg(feature = "cuda")]
 mod kv_cache;
 pub mod layout;
+#[cfg(feature = "cuda")]
+mod persistent;
 pub mod prompt;
 pub mod reference;
 pub mod repack;
 pub mod sampler;
 #[cfg(feature = "cuda")]
 mod scratch;
+#[cfg(feature = "cuda")]
+mod sequences;
 pub mod speculate;
 pub mod synth;
 pub mod tokenizer;

@@ -249,3 +249,55 @@ impl MappedTokens {
         Ok((step > 0 && words[5] as usize == step).then_some(words))
     }
 }
+
+/// What a block of `decode_step` waited for in vain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepFault {
+    /// 1 + what was waited for, see `DecodeFault` in `cuda/kernels.h`.
+    pub fault: u32,
+    /// Of the model.
+    pub layer: u32,
+    /// Of the kernel.
+    pub block: u32,
+}
+
+/// Words of a `DecodeFault`.
+const FAULT_WORDS: usize = 3;
+
+/// A `DecodeFault` in pinned host memory: `decode_step` writes it before it gives up, and it can be read when the GPU is lost.
+pub struct MappedFault {
+    /// Of `_words`; see [`MappedTokens`].
+    base: *mut u32,
+    _words: PinnedHostSlice<u32>,
+}
+
+// SAFETY: as of `MappedTokens`.
+#[allow(unsafe_code)]
+unsafe impl Send for MappedFault {}
+
+impl MappedFault {
+    /// No fault.
+    pub fn new(gpu: &Gpu) -> Result<MappedFault> {
+        let mut words: PinnedHostSlice<u32> = pinned(gpu, FAULT_WORDS)?;
+        words.as_mut_slice().map_err(|e| driver_error("decode fault", e))?.fill(0);
+        let base = words.as_mut_ptr().map_err(|e| driver_error("decode fault", e))?;
+        Ok(MappedFault { base, _words: words })
+    }
+
+    pub(super) fn ptr_mut(&mut self) -> *mut u32 {
+        self.base
+    }
+
+    /// The fault, if there was one.
+    #[must_use]
+    #[allow(unsafe_code)]
+    pub fn get(&self) -> Option<StepFault> {
+        let [fault, layer, block] = std::array::from_fn(|i| {
+            // SAFETY: `i` < FAULT_WORDS = 3, the length of `_words`.
+            let address = unsafe { self.base.add(i) };
+            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
+            unsafe { address.read_volatile() }
+        });
+        (fault > 0).then_some(StepFault { fault, layer, block })
+    }
+}

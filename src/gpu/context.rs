@@ -10,6 +10,7 @@ use cudarc::driver::sys::{
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
+use super::ffi;
 use crate::error::{Error, Result};
 
 /// The oldest GPU there are kernels for (Ampere), as major * 10 + minor.
@@ -91,8 +92,9 @@ impl Gpu {
                 "{name} is sm_{capability}: the kernels need sm_{MIN_CAPABILITY} (Ampere) or newer; use --device cpu"
             )));
         }
-        // SAFETY: every buffer is used on the stream it was allocated on, or after that stream was synchronised
-        // (`CudaModel::load` ends with `Stream::synchronize`; a timeline synchronises its stream before it is dropped).
+        // SAFETY: every buffer is used on the stream it was allocated on: all of a model's are of its one stream
+        // (`CudaModel::stream`), and what is captured on another (`StepGraph::capture`) runs on that one. What is not freed in
+        // stream order, pinned memory, is dropped after the stream was synchronised (`Sequences::drop`).
         unsafe { context.disable_event_tracking() };
         Ok(Gpu { context, name, capability })
     }
@@ -108,6 +110,23 @@ impl Gpu {
         let (free, total) =
             self.context.mem_get_info().map_err(|e| driver_error("reading the GPU's memory", e))?;
         Ok((free as u64, total as u64))
+    }
+
+    /// Blocks `decode_step` takes on this GPU, one a multiprocessor; 0 where it cannot run.
+    #[allow(unsafe_code)]
+    pub(super) fn decode_step_blocks(&self, has_zeros: bool) -> Result<usize> {
+        // The kernel is compiled for sm_90 alone.
+        if !cfg!(peregrine_sm90) || self.capability != OVERLAP_CAPABILITY {
+            return Ok(0);
+        }
+        self.context.bind_to_thread().map_err(|e| driver_error("using the GPU from this thread", e))?;
+        let mut blocks = 0;
+        // SAFETY: `blocks` is one u32, which is all the call writes.
+        let code = unsafe { ffi::decode_step_blocks(u32::from(has_zeros), &raw mut blocks) };
+        if code == 0 {
+            return Ok(blocks as usize);
+        }
+        Err(Error::Cuda { op: "decode_step".into(), what: format!("preparing it failed ({code})") })
     }
 
     /// Streaming multiprocessors: 132 on an H200.
@@ -137,6 +156,14 @@ pub struct Stream {
     pub(super) overlap: bool,
     /// `PEREGRINE_SYNC=1`: wait after every launch, so that a fault names its op.
     pub(super) sync: bool,
+}
+
+impl Stream {
+    /// One more stream of the same GPU and kind.
+    pub(super) fn another(&self) -> Result<Stream> {
+        let inner = self.inner.context().new_stream().map_err(|e| driver_error("making a stream", e))?;
+        Ok(Stream { inner, overlap: self.overlap, sync: self.sync })
+    }
 }
 
 /// A point in a stream that can be waited for.

@@ -311,7 +311,7 @@ fn head_matches_reference() {
             let x = DevBuf::from_host(&stream, "x", &x).unwrap();
             let run = || {
                 let mut logits = nan32(&stream, m * vocab);
-                ops::head(&stream, &table, &x, 3, m, &mut logits).unwrap();
+                ops::head(&stream, &table, &x, 3, m, &mut logits, 0).unwrap();
                 logits.download(&stream, 0, m * vocab).unwrap()
             };
             let got = run();

@@ -8,6 +8,7 @@
 //! start, sample. `probe`: unpack_check, stream_read.
 
 mod attention;
+mod decode_step;
 mod probe;
 mod product;
 mod rows;
@@ -22,12 +23,15 @@ use super::ffi;
 use crate::error::{Error, Result};
 
 pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefill, rope};
+pub use decode_step::{
+    DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
+};
 pub use probe::{stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
-pub use sampling::{SamplerShape, SamplerState, sample, start};
+pub use sampling::{SamplerShape, SamplerState, sample, start, stop};
 pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
 pub use table::{Table, embed, head, table_repack};
 

@@ -11,6 +11,8 @@ use crate::sampler::Sampling;
 
 /// Words of a slot's `DecodeState`: position, step, length, done, wait and backoff of drafts.
 const STATE_WORDS: usize = 6;
+/// Which of them is `done`.
+const STATE_DONE: usize = 3;
 /// Floats of the surveys of one row.
 const ROW_SURVEY_FLOATS: usize =
     (ffi::PEREGRINE_SAMPLE_BLOCKS * ffi::PEREGRINE_SAMPLE_WARPS * ffi::PEREGRINE_SURVEY_FLOATS) as usize;
@@ -55,7 +57,7 @@ impl SamplerState {
     pub fn new(gpu: &Gpu, stream: &Stream, shape: SamplerShape) -> Result<SamplerState> {
         let SamplerShape { slots, rows, vocab, max_context } = shape;
         let mut state = vec![0; slots * STATE_WORDS];
-        state.chunks_exact_mut(STATE_WORDS).for_each(|slot| slot[3] = 1);
+        state.chunks_exact_mut(STATE_WORDS).for_each(|slot| slot[STATE_DONE] = 1);
         let mut step = vec![0; STEP_WORDS];
         if slots > 1 {
             step[0] = u32_of("sampler", slots)?;
@@ -110,6 +112,23 @@ impl SamplerState {
     }
 }
 
+/// Ends a slot's generation, if there is one: until [`start`] it gives no tokens. Its token of the step becomes id 0 at `position`, the
+/// first that is free: a step computes it with the others', and must not write over what the slot's cache holds.
+pub fn stop(stream: &Stream, sampler: &mut SamplerState, slot: usize, position: usize) -> Result<()> {
+    let op = "stop";
+    let SamplerShape { slots, max_context, .. } = sampler.shape;
+    if slot >= slots || position >= max_context {
+        return Err(Error::Cuda {
+            op: op.into(),
+            what: format!("position {position} of {max_context} in slot {slot} of {slots}"),
+        });
+    }
+    sampler.state.upload(stream, slot * STATE_WORDS + STATE_DONE, &[1])?;
+    let slot_word = u32_of(op, slot)?;
+    let token = [0, u32_of(op, position)?, slot_word, slot_word];
+    sampler.step.upload(stream, STEP_FIRST + slot * STEP_TOKEN_WORDS, &token)
+}
+
 /// `start`: makes `history` a slot's history, for a generation whose first token follows what was prefilled. The first [`sample`] reads
 /// row `slot` of the logits.
 #[allow(unsafe_code)]
@@ -157,9 +176,11 @@ pub fn sample(
     stop_ids: &[u32],
 ) -> Result<()> {
     let op = "sample";
-    let SamplerShape { slots, rows, vocab, max_context } = sampler.shape;
-    logits.require(op, rows * vocab)?;
+    let SamplerShape { slots, vocab, max_context, .. } = sampler.shape;
     sampler.require(op)?;
+    // A slot of its own that drafts nothing has one row.
+    let rows = if slots == 1 && !sampling.speculate { 1 } else { sampler.shape.rows };
+    logits.require(op, rows * vocab)?;
     let mut stops = [0; ffi::PEREGRINE_STOP_IDS as usize];
     let stop_count = stop_ids.len().min(stops.len());
     stops[..stop_count].copy_from_slice(&stop_ids[..stop_count]);
