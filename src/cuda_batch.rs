@@ -160,16 +160,14 @@ impl CudaBatch {
         Ok(())
     }
 
-    /// Chooses the next token of every slot: `None` where the generation has ended, or the slot rests. A token is appended to its
-    /// slot's cache by the step that follows.
+    /// Chooses the next token of every slot: `None` where the generation has ended or none was begun, or the slot rests. A token is
+    /// appended to its slot's cache by the step that follows.
     ///
     /// # Errors
-    /// [`Error::Usage`] if no generation was begun; [`Error::Cuda`] if a kernel failed or a logit of any slot is not a number.
+    /// [`Error::Cuda`] if a kernel failed or a logit of any slot is not a number.
     pub fn next_step(&mut self) -> Result<Vec<Option<Sampled>>> {
-        let Some(mut running) = self.running.take() else {
-            return Err(Error::Usage("next_step: no generation was begun".into()));
-        };
         let mut tokens = vec![None; self.slots()];
+        let Some(mut running) = self.running.take() else { return Ok(tokens) };
         let most = running.most();
         while running.queued.len() < AHEAD && running.taken + running.queued.len() < most {
             self.logits_held.fill(false);

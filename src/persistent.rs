@@ -55,7 +55,7 @@ impl Facts {
 /// Whether `decode_step` takes a model on a GPU; else the reason why not.
 pub(crate) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
     let &Facts { layers, hidden, ffn, heads, vocab, blocks, .. } = facts;
-    let slices = if hidden > 0 { ffn / hidden + 1 } else { 0 };
+    let slices = ffn.checked_div(hidden).map_or(0, |parts| parts + 1);
     let tiles = vocab / UNIT_ROWS;
     let reasons = [
         (blocks == 0, "this GPU or this build has no decode_step"),
@@ -65,10 +65,7 @@ pub(crate) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
         (facts.scales_per_row != 1, "groups are smaller than 64 inputs"),
         (facts.mixed_zeros, "some matrices store zero points and some do not"),
         (hidden == 0 || hidden > MOST_UNITS * UNIT_INPUTS, "hidden_size is beyond 4608"),
-        (
-            ffn == 0 || slices == 0 || ffn % hidden.max(1) != 0,
-            "the MLP's width is no multiple of hidden_size",
-        ),
+        (ffn == 0 || !ffn.is_multiple_of(hidden), "the MLP's width is no multiple of hidden_size"),
         (heads * HEAD_DIM != hidden, "heads of 64 values do not make up hidden_size"),
         (layers == 0 || layers > STEP_LAYERS, "there are more than 48 layers"),
         (1 + layers * slices > MOST_CONTRIBUTIONS, "there are too many layers for so wide an MLP"),

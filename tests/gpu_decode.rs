@@ -324,7 +324,9 @@ fn cuda_sessions_on_several_threads_give_their_own_tokens() {
         // Each answer captures a step anew, while others work.
         settings
             .iter()
-            .map(|sampling| golden::generate(engine, prompt, &sampling.clone().speculate(thread % 2 == 0)))
+            .map(|sampling| {
+                golden::generate(engine, prompt, &sampling.clone().speculate(thread.is_multiple_of(2)))
+            })
             .collect()
     };
     let want: Vec<_> = (0..6).map(|thread| run(&engine, thread)).collect();
@@ -349,7 +351,7 @@ fn cuda_batches_refuse_what_they_cannot_do() {
     refused(new(2, 4096), "context size");
     let mut batch = CudaBatch::new(Arc::clone(&model), 2, 16).expect("batch");
     let greedy = Sampling::greedy();
-    refused(batch.next_step().map(|_| ()), "no generation");
+    assert_eq!(batch.next_step().expect("no generation"), [None, None]);
     refused(batch.prefill(2, &[1]), "slot 2");
     refused(batch.prefill(0, &[1; 17]), "do not fit");
     refused(batch.prefill(0, &[4096]), "vocabulary");
