@@ -1,8 +1,9 @@
 //! Several sequences of one model on a GPU, decoded together: one step gives each its next token, for hardly more than the time of
-//! one, since all share the pass over the weights. Up to 8 are one launch of the persistent kernel.
+//! one, since all share the pass over the weights. Up to 8 are one launch of the persistent kernel; more take one kernel an op.
 //!
 //! Each slot is a sequence with a history of its own. What a slot computes does not depend on its neighbours: up to 8 slots, its
-//! logits are bit for bit those of the slot alone.
+//! logits are bit for bit those of the slot alone. (A slot whose answer ended at its first token computes the prompt's last token once
+//! more while others go on: a later turn then begins from other last bits of that position.)
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -31,8 +31,8 @@
 //!
 //! A module uses only what stands left of it:
 //!
-//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
+//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `persistent, forward` <
+//! `sequences` < `cuda, cuda_batch` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;

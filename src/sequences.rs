@@ -186,6 +186,7 @@ impl Sequences {
         if self.plan.as_ref().is_some_and(|plan| plan.sampling == sampling && plan.stop_ids == stop_ids) {
             return Ok(());
         }
+        // A graph that is still running is freed when it is done.
         self.plan = None;
         let switches = crate::trace::switches();
         let graph = if switches.no_graph || switches.sync {
