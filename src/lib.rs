@@ -31,16 +31,14 @@
 //!
 //! A module uses only what stands left of it:
 //!
-//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `persistent, forward` <
-//! `sequences` < `cuda, cuda_batch` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
+//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
+//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-#[cfg(feature = "cuda")]
-pub mod cuda_batch;
 pub mod engine;
 pub mod error;
 #[cfg(feature = "cuda")]
@@ -51,16 +49,12 @@ pub mod inspect;
 #[cfg(feature = "cuda")]
 mod kv_cache;
 pub mod layout;
-#[cfg(feature = "cuda")]
-mod persistent;
 pub mod prompt;
 pub mod reference;
 pub mod repack;
 pub mod sampler;
 #[cfg(feature = "cuda")]
 mod scratch;
-#[cfg(feature = "cuda")]
-mod sequences;
 pub mod speculate;
 pub mod synth;
 pub mod tokenizer;

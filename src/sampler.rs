@@ -49,7 +49,8 @@ pub struct Sampling {
     /// Go on after an end-of-text id (for measuring).
     pub ignore_eos: bool,
     /// Draft what is likely to follow from the text so far, and verify several tokens in one forward pass: the same tokens,
-    /// faster where a text repeats itself (see [`crate::speculate`]).
+    /// faster where a text repeats itself (see [`crate::speculate`]). On a GPU this takes the persistent kernel; where that does
+    /// not fit, each step gives one token as without.
     pub speculate: bool,
 }
 

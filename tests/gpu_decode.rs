@@ -11,8 +11,7 @@ mod golden;
 use std::sync::Arc;
 
 use peregrine::checkpoint::Checkpoint;
-use peregrine::cuda::{CudaModel, CudaTimeline};
-use peregrine::cuda_batch::CudaBatch;
+use peregrine::cuda::{CudaBatch, CudaModel, CudaTimeline};
 use peregrine::engine::{Device, Engine, GenerationStats, SessionOptions, StopReason};
 use peregrine::sampler::{Sampled, Sampling};
 use peregrine::{Error, Result};

@@ -13,7 +13,7 @@ use super::Engine;
 use super::device::Model;
 use crate::cpu::CpuTimeline;
 #[cfg(feature = "cuda")]
-use crate::cuda_batch::CudaBatch;
+use crate::cuda::CudaBatch;
 use crate::error::{Error, Result};
 use crate::sampler::{Sampled, Sampling};
 

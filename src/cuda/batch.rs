@@ -8,11 +8,11 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::cuda::{CudaModel, most_tokens};
+use super::CudaModel;
+use super::sequences::{AHEAD, Sequences, most_tokens};
 use crate::error::{Error, Result};
 use crate::gpu::context::Event;
 use crate::sampler::{Sampled, Sampling};
-use crate::sequences::{AHEAD, Sequences};
 
 /// A slot's part in a generation.
 struct Slot {

@@ -1,119 +1,19 @@
-//! The `cuda` device: a model on a GPU and its timelines. Same methods as [`crate::cpu`], which is its truth.
-//!
-//! While tokens are generated the GPU is steps ahead of the host: the sampler leaves tokens on the device, where the next step
-//! finds them, and writes them to pinned memory, where the host does.
+//! One sequence on a GPU.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use crate::checkpoint::Checkpoint;
-use crate::config::ModelConfig;
+use super::CudaModel;
+use super::sequences::{AHEAD, Sequences, most_tokens};
 use crate::error::{Error, Result};
+use crate::gpu::Arrival;
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, BATCH_TOKENS};
-use crate::gpu::{Arrival, Gpu, Stream};
-use crate::persistent::{self, Facts};
+use crate::gpu::ops::BATCH_TOKENS;
 use crate::sampler::{Sampled, Sampling};
-use crate::sequences::{AHEAD, Sequences};
 use crate::speculate::Tally;
-use crate::weights::Weights;
 
 /// Prompts that take `gptq_gemm`, each size of `gptq_batch`, and `gptq_gemv`.
 const WARM_UP_TOKENS: [usize; 5] = [65, 33, 17, 9, 1];
-
-/// A model whose weights are on a GPU.
-pub struct CudaModel {
-    gpu: Gpu,
-    /// The one stream of the model, its timelines and its batches. Two persistent kernels on two streams could each hold a part of
-    /// the multiprocessors and wait for the rest for ever; on one stream they run one after the other. Timelines on several
-    /// threads may queue work on it at any time: kernels of one stream run in order, and a decode step is one launch.
-    stream: Stream,
-    ordinal: usize,
-    config: ModelConfig,
-    weights: Weights,
-    gemv_works: bool,
-    /// Blocks of the persistent kernel, or why decode steps are one kernel an op.
-    persistent: std::result::Result<usize, &'static str>,
-}
-
-impl CudaModel {
-    /// Opens GPU `ordinal`, uploads and repacks the weights.
-    ///
-    /// # Errors
-    /// [`Error::NoGpu`], [`Error::OutOfGpuMemory`], or a driver failure.
-    pub fn load(
-        checkpoint: &Checkpoint,
-        ordinal: usize,
-        progress: Option<fn(u64, u64)>,
-    ) -> Result<CudaModel> {
-        let gpu = Gpu::open(ordinal)?;
-        let stream = gpu.stream()?;
-        let gemv_works = ops::unpack_check(&stream)? == 0;
-        let weights = Weights::load(&gpu, &stream, checkpoint, progress)?;
-        let config = checkpoint.config().clone();
-        let blocks = ops::decode_step_blocks(&gpu, weights.has_zeros())?;
-        let persistent = if crate::trace::switches().no_persistent {
-            Err("PEREGRINE_NO_PERSISTENT is set")
-        } else {
-            persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
-        };
-        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent })
-    }
-
-    /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
-    #[must_use]
-    pub fn without_persistent(self) -> CudaModel {
-        CudaModel { persistent: Err("it was switched off"), ..self }
-    }
-
-    /// Why decode steps are one kernel an op; `None`: up to 8 tokens are one launch of the persistent kernel.
-    #[must_use]
-    pub fn why_not_persistent(&self) -> Option<&'static str> {
-        self.persistent.err()
-    }
-
-    /// For example `NVIDIA H200 (cuda:0)`.
-    #[must_use]
-    pub fn device_name(&self) -> String {
-        format!("{} (cuda:{})", self.gpu.name(), self.ordinal)
-    }
-
-    /// Bytes of the resident weights.
-    #[must_use]
-    pub fn weight_bytes(&self) -> u64 {
-        self.weights.bytes()
-    }
-
-    /// Bytes of GPU memory in use, by anybody.
-    pub fn gpu_used_bytes(&self) -> Result<u64> {
-        let (free, total) = self.gpu.memory()?;
-        Ok(total - free)
-    }
-
-    pub(crate) fn gpu(&self) -> &Gpu {
-        &self.gpu
-    }
-
-    pub(crate) fn stream(&self) -> &Stream {
-        &self.stream
-    }
-
-    pub(crate) fn config(&self) -> &ModelConfig {
-        &self.config
-    }
-
-    pub(crate) fn weights(&self) -> &Weights {
-        &self.weights
-    }
-
-    pub(crate) fn gemv_works(&self) -> bool {
-        self.gemv_works
-    }
-
-    pub(crate) fn persistent_blocks(&self) -> Option<usize> {
-        self.persistent.ok()
-    }
-}
 
 /// A generation under way.
 struct Running {
@@ -151,7 +51,7 @@ impl CudaTimeline {
     /// # Errors
     /// As [`CudaTimeline::new`], [`CudaTimeline::prefill`] and [`CudaTimeline::next_token`].
     pub fn warm_up(model: &Arc<CudaModel>) -> Result<()> {
-        let max_context = model.config.max_positions.min(WARM_UP_TOKENS[0] + 1);
+        let max_context = model.config().max_positions.min(WARM_UP_TOKENS[0] + 1);
         let mut timeline = CudaTimeline::new(Arc::clone(model), max_context)?;
         for tokens in WARM_UP_TOKENS {
             let ids = vec![0; tokens.min(max_context)];
@@ -220,7 +120,7 @@ impl CudaTimeline {
             }
             return Ok(());
         }
-        let vocab = self.model.config.vocab_size;
+        let vocab = self.model.config().vocab_size;
         for chunk in ids.chunks(self.sequences.room()) {
             self.sequences.append(0, self.position, chunk)?;
             self.position += chunk.len();
@@ -307,9 +207,4 @@ impl CudaTimeline {
     pub fn tally(&self) -> Tally {
         self.running.as_ref().map_or(Tally::default(), |running| running.tally)
     }
-}
-
-/// Most tokens of a generation after `start` tokens: the last one need not fit into the context.
-pub(crate) fn most_tokens(sampling: &Sampling, start: usize, max_context: usize) -> usize {
-    sampling.max_new_tokens.max(1).min(max_context - start + 1)
 }

@@ -12,28 +12,28 @@ const MOST_CONTRIBUTIONS: usize = 255;
 
 /// What the choice rests on.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Facts {
-    pub(crate) layers: usize,
-    pub(crate) hidden: usize,
-    pub(crate) ffn: usize,
-    pub(crate) heads: usize,
-    pub(crate) vocab: usize,
+pub(super) struct Facts {
+    pub(super) layers: usize,
+    pub(super) hidden: usize,
+    pub(super) ffn: usize,
+    pub(super) heads: usize,
+    pub(super) vocab: usize,
     /// A layer gathers its activations.
-    pub(crate) act_order: bool,
+    pub(super) act_order: bool,
     /// A quantised matrix has a bias.
-    pub(crate) biases: bool,
+    pub(super) biases: bool,
     /// The most of any matrix.
-    pub(crate) scales_per_row: usize,
+    pub(super) scales_per_row: usize,
     /// Some matrices store zero points and some do not.
-    pub(crate) mixed_zeros: bool,
+    pub(super) mixed_zeros: bool,
     /// The tensor cores keep subnormals.
-    pub(crate) gemv_works: bool,
+    pub(super) gemv_works: bool,
     /// What `decode_step_blocks` said.
-    pub(crate) blocks: usize,
+    pub(super) blocks: usize,
 }
 
 impl Facts {
-    pub(crate) fn of(config: &ModelConfig, weights: &Weights, gemv_works: bool, blocks: usize) -> Facts {
+    pub(super) fn of(config: &ModelConfig, weights: &Weights, gemv_works: bool, blocks: usize) -> Facts {
         let any = |what: fn(&Layer) -> bool| weights.layers.iter().any(what);
         let zeros = |has: bool| weights.matrices().any(|w| w.has_zeros == has);
         Facts {
@@ -53,7 +53,7 @@ impl Facts {
 }
 
 /// Whether `decode_step` takes a model on a GPU; else the reason why not.
-pub(crate) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
+pub(super) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
     let &Facts { layers, hidden, ffn, heads, vocab, blocks, .. } = facts;
     let slices = ffn.checked_div(hidden).map_or(0, |parts| parts + 1);
     let tiles = vocab / UNIT_ROWS;
@@ -76,7 +76,7 @@ pub(crate) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
 }
 
 /// The shape of what `decode_step` works in.
-pub(crate) fn shape(
+pub(super) fn shape(
     config: &ModelConfig,
     weights: &Weights,
     blocks: usize,

@@ -11,21 +11,20 @@
 
 use std::sync::Arc;
 
-use crate::cuda::CudaModel;
+use super::{CudaModel, persistent};
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
 use crate::gpu::ops::{self, BATCH_TOKENS, DecodeScratch, GEMV_TOKENS, SamplerShape, SamplerState};
 use crate::gpu::{Arrival, StepFault, StepGraph, Stream};
 use crate::kv_cache::KvCache;
-use crate::persistent;
 use crate::sampler::Sampling;
 use crate::scratch::Scratch;
 
 /// Most tokens of one prefill call; longer prompts go in several.
 const PREFILL_TOKENS: usize = 2048;
 /// Steps the GPU may be ahead of the host.
-pub(crate) const AHEAD: usize = 2;
+pub(super) const AHEAD: usize = 2;
 
 /// How the tokens of a generation are chosen, and the step captured for that.
 struct Plan {
@@ -34,7 +33,7 @@ struct Plan {
     graph: Option<StepGraph>,
 }
 
-pub(crate) struct Sequences {
+pub(super) struct Sequences {
     model: Arc<CudaModel>,
     slots: usize,
     cache: KvCache,
@@ -57,7 +56,7 @@ impl Sequences {
     ///
     /// # Errors
     /// [`Error::OutOfGpuMemory`]; [`Error::Usage`] if the model has fewer positions, or there are too many slots.
-    pub(crate) fn new(model: Arc<CudaModel>, slots: usize, max_context: usize) -> Result<Sequences> {
+    pub(super) fn new(model: Arc<CudaModel>, slots: usize, max_context: usize) -> Result<Sequences> {
         let (config, stream) = (model.config(), model.stream());
         if max_context == 0 || max_context > config.max_positions {
             return Err(Error::Usage(format!(
@@ -85,12 +84,12 @@ impl Sequences {
     }
 
     /// Positions of each.
-    pub(crate) fn max_context(&self) -> usize {
+    pub(super) fn max_context(&self) -> usize {
         self.cache.max_context
     }
 
     /// Most tokens [`Sequences::append`] takes.
-    pub(crate) fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         self.scratch.tokens
     }
 
@@ -123,7 +122,7 @@ impl Sequences {
     }
 
     /// Runs `ids` through the layers, as the tokens of `slot` from `position` on.
-    pub(crate) fn append(&mut self, slot: usize, position: usize, ids: &[u32]) -> Result<()> {
+    pub(super) fn append(&mut self, slot: usize, position: usize, ids: &[u32]) -> Result<()> {
         self.check(ids, position)?;
         let words = ops::step_token_words(ids, position, slot)?;
         self.scratch.step_tokens.upload(self.model.stream(), 0, &words)?;
@@ -132,7 +131,7 @@ impl Sequences {
 
     /// Appends `ids` in as few passes as there is room for; the logits of the last one become row `slot`, which the slot's first
     /// token is chosen from.
-    pub(crate) fn prefill(&mut self, slot: usize, position: usize, ids: &[u32]) -> Result<()> {
+    pub(super) fn prefill(&mut self, slot: usize, position: usize, ids: &[u32]) -> Result<()> {
         self.check(ids, position)?;
         let mut at = position;
         for chunk in ids.chunks(self.room()) {
@@ -146,12 +145,12 @@ impl Sequences {
     }
 
     /// Logits of tokens `first .. first + count` (at most [`BATCH_TOKENS`]) of the last append, into rows `row ..`.
-    pub(crate) fn head(&mut self, first: usize, count: usize, row: usize) -> Result<()> {
+    pub(super) fn head(&mut self, first: usize, count: usize, row: usize) -> Result<()> {
         self.pass().head(first, count, row)
     }
 
     /// Rows of the logits, `[count, vocab]`, after everything queued.
-    pub(crate) fn logits(&self, row: usize, count: usize) -> Result<Vec<f32>> {
+    pub(super) fn logits(&self, row: usize, count: usize) -> Result<Vec<f32>> {
         let vocab = self.model.config().vocab_size;
         self.scratch
             .logits
@@ -160,7 +159,7 @@ impl Sequences {
     }
 
     /// One decode step whose tokens are given: `tokens[slot]` is an id and its position. Row `slot` of the logits is what follows.
-    pub(crate) fn decode(&mut self, tokens: &[(u32, usize)]) -> Result<()> {
+    pub(super) fn decode(&mut self, tokens: &[(u32, usize)]) -> Result<()> {
         if tokens.len() != self.slots {
             return Err(Error::Usage(format!("{} tokens for {} sequences", tokens.len(), self.slots)));
         }
@@ -180,7 +179,7 @@ impl Sequences {
 
     /// Sets how tokens are chosen; captures the step for it, unless that is done or switched off. The GPU is busy with the prompt
     /// then.
-    pub(crate) fn plan(&mut self, sampling: &Sampling, stop_ids: &[u32]) -> Result<()> {
+    pub(super) fn plan(&mut self, sampling: &Sampling, stop_ids: &[u32]) -> Result<()> {
         let speculate = sampling.speculate && self.slots == 1 && self.decode.is_some();
         let sampling = Sampling { speculate, ..sampling.clone() };
         if self.plan.as_ref().is_some_and(|plan| plan.sampling == sampling && plan.stop_ids == stop_ids) {
@@ -206,18 +205,18 @@ impl Sequences {
     }
 
     /// Makes `history` a slot's history, and row `slot` of the logits what its first token is chosen from.
-    pub(crate) fn start(&mut self, slot: usize, history: &[u32]) -> Result<()> {
+    pub(super) fn start(&mut self, slot: usize, history: &[u32]) -> Result<()> {
         ops::start(self.model.stream(), &mut self.sampler, slot, history)
     }
 
     /// A slot of `position` tokens gives none until it is started again. Steps of the others write behind them.
-    pub(crate) fn stop(&mut self, slot: usize, position: usize) -> Result<()> {
+    pub(super) fn stop(&mut self, slot: usize, position: usize) -> Result<()> {
         ops::stop(self.model.stream(), &mut self.sampler, slot, position)
     }
 
     /// Queues the choice of the first tokens (`appends` false), or a step: the tokens chosen last are appended, and the next ones
     /// chosen. The event is behind it.
-    pub(crate) fn queue(&mut self, appends: bool) -> Result<Event> {
+    pub(super) fn queue(&mut self, appends: bool) -> Result<Event> {
         let model = Arc::clone(&self.model);
         let stream = model.stream();
         let Some(mut plan) = self.plan.take() else {
@@ -234,12 +233,12 @@ impl Sequences {
     }
 
     /// Waits for a queued step.
-    pub(crate) fn wait(&self, event: &Event) -> Result<()> {
+    pub(super) fn wait(&self, event: &Event) -> Result<()> {
         event.wait().map_err(|e| self.explained(e))
     }
 
     /// The tokens a slot was given by the step that was waited for, of which token `first` (from 1) of its generation is the first.
-    pub(crate) fn arrived(&self, slot: usize, first: usize) -> Result<Vec<Arrival>> {
+    pub(super) fn arrived(&self, slot: usize, first: usize) -> Result<Vec<Arrival>> {
         self.sampler.tokens.arrived(slot, first).collect()
     }
 
@@ -250,6 +249,11 @@ impl Sequences {
             None => error,
         }
     }
+}
+
+/// Most tokens of a generation after `start` tokens: the last one need not fit into the context.
+pub(super) fn most_tokens(sampling: &Sampling, start: usize, max_context: usize) -> usize {
+    sampling.max_new_tokens.max(1).min(max_context - start + 1)
 }
 
 fn fault_error(StepFault { fault, layer, block }: StepFault) -> Error {
