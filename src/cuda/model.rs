@@ -27,7 +27,7 @@ impl CudaModel {
     /// Opens GPU `ordinal`, uploads and repacks the weights.
     ///
     /// # Errors
-    /// [`Error::NoGpu`], [`Error::OutOfGpuMemory`], or a driver failure.
+    /// [`crate::Error::NoGpu`], [`crate::Error::OutOfGpuMemory`], or a driver failure.
     pub fn load(
         checkpoint: &Checkpoint,
         ordinal: usize,
