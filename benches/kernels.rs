@@ -121,6 +121,10 @@ mod cuda {
         rows(&bench);
         attention(&bench);
         head_and_sample(&bench);
+        match decode_step_blocks(&bench.gpu, false).unwrap() {
+            0 => println!("decode_step: not for this GPU"),
+            blocks => decode_step(&bench, blocks),
+        }
     }
 
     fn products(b: &Bench) {
@@ -260,6 +264,61 @@ mod cuda {
             let moved = Work { bytes: (m * (HEADS + 2) * 256) as f64, flop: 0.0 };
             b.row(&format!("rope tokens {m}"), moved, 32, |_| {
                 ops::rope(s, &mut qkv, HEADS, &mut cache, &table, StepTokens::list(&words, m)).unwrap();
+            });
+        }
+    }
+
+    /// All 32 layers; of the products' weights two sets take turns, which are more than an L2.
+    fn decode_step(b: &Bench, blocks: usize) {
+        const LAYERS: usize = 32;
+        let s = &b.stream;
+        let sets = [0, 1].map(|_| (matrix(s, HIDDEN + 128 + FFN, HIDDEN), matrix(s, HIDDEN, FFN + HIDDEN)));
+        let embedding = Table { units: random_u16(s, VOCAB * HIDDEN), vocab: VOCAB, hidden: HIDDEN };
+        let norm = Norm {
+            weight: DevBuf::from_host(s, "weight", &[1.0; HIDDEN]).unwrap(),
+            bias: DevBuf::zeros(s, "bias", HIDDEN).unwrap(),
+            epsilon: 1e-5,
+        };
+        let rope_table = DevBuf::<f32>::zeros(s, "table", CONTEXT * 64).unwrap();
+        let mut logits = DevBuf::<f32>::zeros(s, "logits", GEMV_TOKENS * VOCAB).unwrap();
+        let layer_bytes = sets[0].0.units.bytes() + sets[0].1.units.bytes();
+        for (slots, each, position) in
+            [(1, 1, 128), (1, 1, 1024), (1, 1, 2047), (1, 8, 128), (1, 8, 1024), (8, 1, 128), (8, 1, 1024)]
+        {
+            let m = slots * each;
+            let mut words = tokens(s, slots, position, each).download(s, 0, m * STEP_TOKEN_WORDS).unwrap();
+            words.splice(0..0, [m as u32, 0, 0, 0]);
+            words.resize(STEP_FIRST + STEP_TOKENS * STEP_TOKEN_WORDS, 0);
+            let step = DevBuf::from_host(s, "step", &words).unwrap();
+            let mut caches: Vec<_> = (0..LAYERS).map(|_| cache(s, slots)).collect();
+            let shape = DecodeShape {
+                hidden: HIDDEN,
+                ffn: FFN,
+                heads: HEADS,
+                vocab: VOCAB,
+                slots,
+                max_context: CONTEXT,
+                has_zeros: false,
+                blocks,
+            };
+            let mut scratch = DecodeScratch::new(&b.gpu, s, shape).unwrap();
+            let keys = LAYERS * slots * (position + each) * 256;
+            let bytes = (LAYERS as u64 * layer_bytes + embedding.units.bytes() + keys as u64) as f64;
+            let weights = LAYERS * HIDDEN * (2 * (FFN + HIDDEN) + 128) + VOCAB * HIDDEN;
+            let work = Work { bytes, flop: 2.0 * (m * weights) as f64 };
+            b.row(&format!("decode_step slots {slots} tokens {m} position {position}"), work, 8, |_| {
+                let layers = caches.iter_mut().enumerate().map(|(i, cache)| {
+                    let (qkv_up, down_dense) = &sets[i % 2];
+                    DecodeLayer { norm: &norm, qkv_up, down_dense, cache }
+                });
+                let model = DecodeModel {
+                    layers: layers.collect(),
+                    embedding: &embedding,
+                    head: &embedding,
+                    final_norm: &norm,
+                    rope_table: &rope_table,
+                };
+                ops::decode_step(s, model, &step, &mut scratch, &mut logits).unwrap();
             });
         }
     }
