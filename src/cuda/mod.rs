@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! persistent  which models the persistent kernel takes
-//! model       CudaModel: the weights, and the one stream
+//! model       CudaModel: the weights, and the stream all share
 //! sequences   sequences that are decoded together: caches, scratch, sampler, the decode step
 //! timeline    CudaTimeline: one sequence, which may speculate
 //! batch       CudaBatch: several sequences

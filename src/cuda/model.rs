@@ -11,9 +11,9 @@ use crate::weights::Weights;
 /// A model whose weights are on a GPU.
 pub struct CudaModel {
     gpu: Gpu,
-    /// The one stream of the model, its timelines and its batches. Two persistent kernels on two streams could each hold a part of
-    /// the multiprocessors and wait for the rest for ever; on one stream they run one after the other. Timelines on several
-    /// threads may queue work on it at any time: kernels of one stream run in order, and a decode step is one launch.
+    /// The one stream of all models on the GPU, their timelines and their batches: two persistent kernels at once could wait for
+    /// each other for ever. Timelines on several threads may queue work on it at any time: kernels of one stream run in order,
+    /// and a decode step is one launch.
     stream: Stream,
     ordinal: usize,
     config: ModelConfig,
@@ -34,7 +34,7 @@ impl CudaModel {
         progress: Option<fn(u64, u64)>,
     ) -> Result<CudaModel> {
         let gpu = Gpu::open(ordinal)?;
-        let stream = gpu.stream()?;
+        let stream = gpu.shared_stream()?;
         let gemv_works = ops::unpack_check(&stream)? == 0;
         let weights = Weights::load(&gpu, &stream, checkpoint, progress)?;
         let config = checkpoint.config().clone();
