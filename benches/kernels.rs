@@ -18,7 +18,7 @@ fn main() {
 #[cfg(feature = "cuda")]
 mod cuda {
     use peregrine::gpu::ops::{self, *};
-    use peregrine::gpu::{DevBuf, Gpu, Stream};
+    use peregrine::gpu::{DevBuf, Gpu, StepGraph, Stream};
     use peregrine::sampler::Sampling;
 
     const HIDDEN: usize = 4544;
@@ -121,13 +121,17 @@ mod cuda {
         rows(&bench);
         attention(&bench);
         head_and_sample(&bench);
+        match decode_step_blocks(&bench.gpu, false).unwrap() {
+            0 => println!("decode_step: not for this GPU"),
+            blocks => decode_step(&bench, blocks),
+        }
     }
 
     fn products(b: &Bench) {
         for (name, n, k) in [("qkv_up", HIDDEN + 128 + FFN, HIDDEN), ("down_dense", HIDDEN, FFN + HIDDEN)] {
             let weights: Vec<_> = (0..COPIES).map(|_| matrix(&b.stream, n, k)).collect();
             let slices = ops::slices(k);
-            for m in [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048] {
+            for m in [1, 2, 4, 8, 9, 16, 32, 64, 128, 256, 512, 2048] {
                 let x = random_u16(&b.stream, m * k);
                 let (mut out, mut wide) =
                     (random_u16(&b.stream, m * (HIDDEN + 128)), random_u16(&b.stream, m * (FFN + HIDDEN)));
@@ -135,36 +139,33 @@ mod cuda {
                     DevBuf::<f32>::zeros(&b.stream, "out", slices * m.min(512) * n.min(HIDDEN)).unwrap();
                 let mut residual = DevBuf::<f32>::zeros(&b.stream, "x", m * HIDDEN).unwrap();
                 let work = || Work { bytes: weights[0].units.bytes() as f64, flop: 2.0 * (m * n * k) as f64 };
-                for kernel in [MatmulKernel::Gemv, MatmulKernel::Gemm] {
-                    if (kernel == MatmulKernel::Gemv) != (m <= GEMV_TOKENS) {
-                        continue;
-                    }
-                    let mut run = |i: usize, partial: bool| {
-                        let output = match (name, partial) {
-                            ("qkv_up", _) => MatmulOutput::Split {
-                                out: &mut out,
-                                gelu_out: &mut wide,
-                                gelu_stride: FFN + HIDDEN,
-                                split_row: HIDDEN + 128,
-                                bias: None,
-                            },
-                            (_, true) => MatmulOutput::Partials(&mut f32_out),
-                            _ => MatmulOutput::Residual { x: &mut residual, bias: None },
-                        };
-                        let s = if name == "down_dense" && partial { slices } else { 1 };
-                        let a = Activations { x: &x, stride: k, tokens: m };
-                        ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output)
-                            .unwrap();
+                let kernel = match m {
+                    _ if m <= GEMV_TOKENS => MatmulKernel::Gemv,
+                    _ if m <= BATCH_TOKENS => MatmulKernel::Batch,
+                    _ => MatmulKernel::Gemm,
+                };
+                let mut run = |i: usize, partial: bool| {
+                    let output = match (name, partial) {
+                        ("qkv_up", _) => MatmulOutput::Split {
+                            out: &mut out,
+                            gelu_out: &mut wide,
+                            gelu_stride: FFN + HIDDEN,
+                            split_row: HIDDEN + 128,
+                            bias: None,
+                        },
+                        (_, true) => MatmulOutput::Partials(&mut f32_out),
+                        _ => MatmulOutput::Residual { x: &mut residual, bias: None },
                     };
-                    let per_batch = if m <= 8 { 32 } else { 8 };
-                    if m <= 512 {
-                        b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
-                    }
-                    if m > 128 && name == "down_dense" || m > 512 {
-                        b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| {
-                            run(i, false)
-                        });
-                    }
+                    let s = if name == "down_dense" && partial { slices } else { 1 };
+                    let a = Activations { x: &x, stride: k, tokens: m };
+                    ops::gptq_matmul(&b.stream, kernel, &weights[i % COPIES], 0..n, a, s, output).unwrap();
+                };
+                let per_batch = if m <= BATCH_TOKENS { 32 } else { 8 };
+                if m <= 512 {
+                    b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
+                }
+                if m > 128 && name == "down_dense" || m > 512 {
+                    b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| run(i, false));
                 }
             }
         }
@@ -267,18 +268,73 @@ mod cuda {
         }
     }
 
+    /// All 32 layers; of the products' weights two sets take turns, which are more than an L2.
+    fn decode_step(b: &Bench, blocks: usize) {
+        const LAYERS: usize = 32;
+        let s = &b.stream;
+        let sets = [0, 1].map(|_| (matrix(s, HIDDEN + 128 + FFN, HIDDEN), matrix(s, HIDDEN, FFN + HIDDEN)));
+        let embedding = Table { units: random_u16(s, VOCAB * HIDDEN), vocab: VOCAB, hidden: HIDDEN };
+        let norm = Norm {
+            weight: DevBuf::from_host(s, "weight", &[1.0; HIDDEN]).unwrap(),
+            bias: DevBuf::zeros(s, "bias", HIDDEN).unwrap(),
+            epsilon: 1e-5,
+        };
+        let rope_table = DevBuf::<f32>::zeros(s, "table", CONTEXT * 64).unwrap();
+        let mut logits = DevBuf::<f32>::zeros(s, "logits", GEMV_TOKENS * VOCAB).unwrap();
+        let layer_bytes = sets[0].0.units.bytes() + sets[0].1.units.bytes();
+        for (slots, each, position) in
+            [(1, 1, 128), (1, 1, 1024), (1, 1, 2047), (1, 8, 128), (1, 8, 1024), (8, 1, 128), (8, 1, 1024)]
+        {
+            let m = slots * each;
+            let mut words = tokens(s, slots, position, each).download(s, 0, m * STEP_TOKEN_WORDS).unwrap();
+            words.splice(0..0, [m as u32, 0, 0, 0]);
+            words.resize(STEP_FIRST + STEP_TOKENS * STEP_TOKEN_WORDS, 0);
+            let step = DevBuf::from_host(s, "step", &words).unwrap();
+            let mut caches: Vec<_> = (0..LAYERS).map(|_| cache(s, slots)).collect();
+            let shape = DecodeShape {
+                hidden: HIDDEN,
+                ffn: FFN,
+                heads: HEADS,
+                vocab: VOCAB,
+                slots,
+                max_context: CONTEXT,
+                has_zeros: false,
+                blocks,
+            };
+            let mut scratch = DecodeScratch::new(&b.gpu, s, shape).unwrap();
+            let keys = LAYERS * slots * (position + each) * 256;
+            let bytes = (LAYERS as u64 * layer_bytes + embedding.units.bytes() + keys as u64) as f64;
+            let weights = LAYERS * HIDDEN * (2 * (FFN + HIDDEN) + 128) + VOCAB * HIDDEN;
+            let work = Work { bytes, flop: 2.0 * (m * weights) as f64 };
+            b.row(&format!("decode_step slots {slots} tokens {m} position {position}"), work, 8, |_| {
+                let layers = caches.iter_mut().enumerate().map(|(i, cache)| {
+                    let (qkv_up, down_dense) = &sets[i % 2];
+                    DecodeLayer { norm: &norm, qkv_up, down_dense, cache }
+                });
+                let model = DecodeModel {
+                    layers: layers.collect(),
+                    embedding: &embedding,
+                    head: &embedding,
+                    final_norm: &norm,
+                    rope_table: &rope_table,
+                };
+                ops::decode_step(s, model, &step, &mut scratch, &mut logits).unwrap();
+            });
+        }
+    }
+
     fn head_and_sample(b: &Bench) {
         let s = &b.stream;
         let table = Table { units: random_u16(s, VOCAB * HIDDEN), vocab: VOCAB, hidden: HIDDEN };
-        let mut logits = DevBuf::<f32>::zeros(s, "logits", 8 * VOCAB).unwrap();
-        for m in [1, 8] {
+        let mut logits = DevBuf::<f32>::zeros(s, "logits", BATCH_TOKENS * VOCAB).unwrap();
+        for m in [1, 8, 16, 32, 64] {
             let x = random_u16(s, m * HIDDEN);
             b.row(
                 &format!("head m {m}"),
                 Work { bytes: table.units.bytes() as f64, flop: 2.0 * (m * VOCAB * HIDDEN) as f64 },
                 8,
                 |_| {
-                    ops::head(s, &table, &x, 0, m, &mut logits).unwrap();
+                    ops::head(s, &table, &x, 0, m, &mut logits, 0).unwrap();
                 },
             );
         }
@@ -293,19 +349,42 @@ mod cuda {
                 (unit() + unit() + unit() + unit()) * 4.3
             })
             .collect();
-        logits.upload(s, 0, &bell).unwrap();
-        let mut sampler = SamplerState::new(&b.gpu, s, VOCAB, 4096).unwrap();
-        ops::start(s, &mut sampler, &[1, 2, 3], VOCAB).unwrap();
         let card =
             Sampling { temperature: 0.7, top_p: 0.95, repetition_penalty: 1.15, ..Sampling::default() };
         let whole = Sampling { temperature: 1.0, top_k: 0, top_p: 0.9, ..Sampling::default() };
-        for (name, sampling) in [
-            ("greedy", Sampling::default()),
-            ("card: top_k 50 top_p 0.95", card),
-            ("top_p 0.9 of all", whole),
+        let greedy = Sampling::default();
+        let speculating = greedy.clone().speculate(true);
+        for (name, slots, rows, sampling) in [
+            ("greedy", 1, 1, &greedy),
+            ("card: top_k 50 top_p 0.95", 1, 1, &card),
+            ("top_p 0.9 of all", 1, 1, &whole),
+            ("greedy, 8 rows, drafts", 1, 8, &speculating),
+            ("greedy, 8 slots", 8, 8, &greedy),
+            ("card, 8 slots", 8, 8, &card),
+            ("card, 64 slots", 64, 64, &card),
         ] {
-            b.row(&format!("sample {name}"), Work { bytes: (VOCAB * 4) as f64, flop: 0.0 }, 8, |_| {
-                ops::sample(s, &mut sampler, &logits, VOCAB, &sampling).unwrap();
+            // Room for all the calls: a slot that is done does nothing.
+            let shape = SamplerShape { slots, rows, vocab: VOCAB, max_context: 8192 };
+            let mut sampler = SamplerState::new(&b.gpu, s, shape).unwrap();
+            let mut logits = DevBuf::<f32>::zeros(s, "logits", rows * VOCAB).unwrap();
+            for row in 0..rows {
+                logits.upload(s, row * VOCAB, &bell).unwrap();
+            }
+            let history: Vec<u32> = (0..1000).map(|i| i % 7).collect();
+            for slot in 0..slots {
+                ops::start(s, &mut sampler, slot, &history).unwrap();
+            }
+            let sampling = sampling.clone().max_new_tokens(8192);
+            let bytes = (rows * VOCAB * 4) as f64;
+            // In a graph, as launches from the host take as long as the kernel.
+            let mut graph = StepGraph::capture(s, |s| {
+                (0..16).try_for_each(|_| ops::sample(s, &mut sampler, &logits, &sampling, &[]))
+            })
+            .unwrap();
+            b.row(&format!("sample {name}"), Work { bytes, flop: 0.0 }, 16, |i| {
+                if i == 0 {
+                    graph.launch().unwrap();
+                }
             });
         }
         let words = tokens(s, 1, 0, 1);

@@ -58,6 +58,9 @@ __device__ __forceinline__ AttnToken attn_token(const AttnDecodeParams& p, uint3
     return k;
 }
 
+// Row of qkv of the first token of token m's slot: an item reads the keys and values of rows attn_first .. m.
+__device__ __forceinline__ uint32_t attn_first(uint32_t m, const AttnToken& t) { return m - (t.position - t.first_new); }
+
 __host__ __device__ __forceinline__ uint32_t attn_head_tiles(uint32_t heads) { return (heads + ATTN_ROWS - 1) / ATTN_ROWS; }
 // Chunks of a token at `position`: its items are head tiles x chunks.
 __host__ __device__ __forceinline__ uint32_t attn_chunks(uint32_t position) { return position / PEREGRINE_ATTN_CHUNK + 1; }
@@ -97,7 +100,7 @@ struct AttnContext {
 
     // The key of a token of this call, in qkv; its value follows. For a key that is none, another one's.
     __device__ __forceinline__ const uint16_t* new_row(uint32_t key) const {
-        const uint32_t row = item.token - (t.position - min(max(key, t.first_new), t.position));
+        const uint32_t row = attn_first(item.token, t) + min(max(key, t.first_new), t.position) - t.first_new;
         return p.qkv + ((size_t)row * (p.heads + 2) + p.heads) * HEAD_DIM;
     }
     __device__ __forceinline__ bool is_new(uint32_t key) const { return key >= t.first_new && key <= t.position; }

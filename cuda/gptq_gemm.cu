@@ -1,13 +1,13 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..2048.
-// Reads    W once per 128 (64, 32) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
+// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch).
+// Reads    W once per 128 (with two scales a row 64) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
 //          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
 //          row tiles once a unit and uses them for all its tokens.
 // Numbers  codes are turned into the exact f16 integers code - zero; 64 (32) inputs are summed by the tensor core, then
 //          acc += scale * chain in f32: no f16 rounding of a weight, and no long tensor-core chain (its f32 adds truncate).
 // Shared   activations [TOKENS][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts.
-// Measured 218 TFLOP/s ([qkv ; up]) and 233 (5 slices) at 512 tokens, 237 and 226 at 2048; at 16 tokens 58 and 56 us; H200. One block of 8
+// Measured 218 TFLOP/s ([qkv ; up]) and 233 (5 slices) at 512 tokens, 237 and 226 at 2048; H200. One block of 8
 //          warps an SM issues in 40 % of the cycles: latencies, probably of unpacking and barriers, are not hidden.
 // Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
 // Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
@@ -22,20 +22,6 @@ constexpr int BLOCK_TILES = 8;  // row tiles: 128 rows
 constexpr int WARP_TILES = 2;
 constexpr int STAGES = 4;
 constexpr int COLUMN_PAIR = 2;  // n8 tiles whose chains run side by side
-
-__device__ __forceinline__ uint32_t as_u32(__half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
-__device__ __forceinline__ __half2 as_half2(uint32_t u) { return *reinterpret_cast<__half2*>(&u); }
-
-// The A registers of step word w as the integers code - zero, exactly. 0x6400 | code is 1024 + code in f16, and with the code
-// one nibble higher 1024 + 16 code; one add or multiply-add removes the rest. zero.x belongs to rows g, zero.y to rows g + 8.
-__device__ __forceinline__ void unpack_exact(uint32_t w, __half2 low_bias, __half2 high_bias, uint32_t a[4]) {
-    const __half2 sixteenth = __float2half2_rn(1.f / 16.f);
-    const uint32_t v = w >> 8;
-    a[0] = as_u32(__hadd2(as_half2((w & 0x000f000fu) | 0x64006400u), low_bias));
-    a[1] = as_u32(__hfma2(as_half2((w & 0x00f000f0u) | 0x64006400u), sixteenth, high_bias));
-    a[2] = as_u32(__hadd2(as_half2((v & 0x000f000fu) | 0x64006400u), low_bias));
-    a[3] = as_u32(__hfma2(as_half2((v & 0x00f000f0u) | 0x64006400u), sixteenth, high_bias));
-}
 
 // What one thread copies of each stage: pointers for unit 0, fixed for the whole product, so that a step costs a few adds.
 template <int BYTES, int TOKENS>
@@ -130,10 +116,9 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemm_kernel(const __grid_cons
                 const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
                 scale[t][h] = __half22float2(*reinterpret_cast<const __half2*>(q));
                 const __half2 zero = ZEROS ? *reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
-                const __half2 low_bias = __hsub2(__float2half2_rn(-1024.f), __low2half2(zero));
-                const __half2 high_bias = __hsub2(__float2half2_rn(-64.f), __high2half2(zero));
+                const ExactBias bias(zero);
 #pragma unroll
-                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], low_bias, high_bias, a[t][s]);
+                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], bias, a[t][s]);
             }
         }
         const uint32_t x = smem_address(stage + BLOCK_TILES * BYTES);
@@ -189,12 +174,8 @@ int32_t run(const GptqMatmulParams* p, const Launch* l) {
 
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l) {
-    if (p->tokens <= 32) return run<SCALES, ZEROS, 32>(p, l);
     // With two scales a row (group 32) the 128-token tile would spill.
-    if constexpr (SCALES == 1) {
-        if (p->tokens > 64) return run<SCALES, ZEROS, 128>(p, l);
-    }
-    return run<SCALES, ZEROS, 64>(p, l);
+    return run<SCALES, ZEROS, SCALES == 1 ? 128 : 64>(p, l);
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
-// head — logits[m, v] = sum_k x[m, k] * E[v, k], f16 table in units, f32 logits, 1 to 8 tokens.   Reference: src/reference.rs::head
+// head — logits[m, v] = sum_k x[m, k] * E[v, k], f16 table in units, f32 logits, 1 to 64 tokens.   Reference: src/reference.rs::head
 // Shapes   E 65024 x 4544; any vocab % 16 == 0, hidden % 64 == 0.
-// Mapping  one block of 8 warps = 16 rows of the vocabulary (145 KB); warp w owns units w, w + 8, ...; the loads of BATCH units
+// Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB); warp w owns units w, w + 8, ...; loads of BATCH units
 //          are issued together, the first batch before the predecessor has finished. Sums in f32, warps added in warp order.
-// Floor    590.9 MB: 126 us at 4.70 TB/s.   Measured 139 us at 1 token (94 % of the read ceiling), 151 us at 8; H200.
-#include "launch.cuh"
-#include "units.cuh"
+//          9 to 64 tokens: one block an SM, its share of the rows in passes of up to 12 row tiles (batch.cuh), one pass over the table.
+// Floor    590.9 MB: 126 us at 4.70 TB/s.
+// Measured 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200.
+#include "batch.cuh"
 
 namespace {
 
@@ -81,11 +82,49 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(const __grid_constant_
     }
 }
 
+template <class Shape, int STAGES>
+__global__ void __launch_bounds__(BATCH_THREADS, 1) head_batch_kernel(const __grid_constant__ HeadParams p) {
+    overlap_next();
+    const uint32_t tiles = p.vocab / UNIT_ROWS, units = p.hidden / UNIT_INPUTS;
+    const BatchSpan span = {reinterpret_cast<const uint8_t*>(p.units), p.x, units, p.hidden, p.tokens, 0, units,
+                            blockIdx.x * tiles / gridDim.x, (blockIdx.x + 1) * tiles / gridDim.x};
+    multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
+        const uint32_t lane = threadIdx.x % 32, mine = tile + threadIdx.x / 32;
+        if (mine >= end) return;
+        float* logits = p.logits + mine * UNIT_ROWS + lane / 4;
+#pragma unroll
+        for (int n = 0; n < Shape::TOKENS / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const uint32_t m = n * 8 + lane % 4 * 2 + e % 2;
+                if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e];
+            }
+    });
+}
+
+template <int BATCH_TOKENS, int SHARED>
+int32_t launch_batch(const HeadParams* p, const Launch* l, const BatchDevice& device) {
+    using Shape = BatchShape<TableUnits, BATCH_TOKENS, 1, true>;
+    constexpr int STAGES = batch_stages<Shape>(SHARED);
+    const uint32_t blocks = min((uint32_t)device.multiprocessors, p->vocab / UNIT_ROWS);
+    return launch(head_batch_kernel<Shape, STAGES>, dim3(blocks), BATCH_THREADS, ring_bytes<Shape, STAGES>, l, *p);
+}
+
+template <int BATCH_TOKENS>
+int32_t run_batch(const HeadParams* p, const Launch* l) {
+    BatchDevice device;
+    const cudaError_t e = device.query();
+    if (e != cudaSuccess) return (int32_t)e;
+    return device.shared >= WIDE_SHARED ? launch_batch<BATCH_TOKENS, WIDE_SHARED>(p, l, device)
+                                        : launch_batch<BATCH_TOKENS, NARROW_SHARED>(p, l, device);
+}
+
 }  // namespace
 
 extern "C" int32_t head(const HeadParams* p, const Launch* l) {
-    if (p->tokens == 0 || p->tokens > TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
+    if (p->tokens == 0 || p->tokens > PEREGRINE_BATCH_TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
+    if (p->tokens > TOKENS) return p->tokens <= 16 ? run_batch<16>(p, l) : p->tokens <= 32 ? run_batch<32>(p, l) : run_batch<64>(p, l);
     const size_t smem = WARPS * UNIT_ROWS * TOKENS * sizeof(float) + 16 + (size_t)p->tokens * row_bytes(p->hidden);
     return launch(head_kernel, dim3(p->vocab / UNIT_ROWS), THREADS, smem, l, *p);
 }

@@ -21,10 +21,16 @@ extern "C" {
 #define PEREGRINE_UNIT_ROWS 16     // output rows of a unit
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
-#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv or head call: the N of mma.m16n8k16
+#define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
+#define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
-#define PEREGRINE_STOP_IDS 8       // most ids that end a generation
+#define PEREGRINE_STOP_IDS 16      // most ids that end a generation on the device
+#define PEREGRINE_SAMPLE_BLOCKS 32 // blocks that survey one row of logits
+#define PEREGRINE_SAMPLE_WARPS 16  // warps of each: a survey is a warp's
+#define PEREGRINE_SURVEY_FLOATS 8
+#define PEREGRINE_DRAFT_ROWS 32    // most rows of a single slot: the walk over them is one warp's
+#define PEREGRINE_BACKOFF 64       // most steps without drafts
 #define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
 
 struct CUstream_st;
@@ -73,7 +79,7 @@ typedef struct GptqOutput {
     uint32_t split_row;  // a multiple of 16
 } GptqOutput;
 
-// gptq_gemv, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
+// gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
     GptqMatrix w;
     const uint16_t* x;   // [tokens, x_stride] f16; the first k of each row are used
@@ -83,6 +89,7 @@ typedef struct GptqMatmulParams {
     GptqOutput y;
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
 
 // gptq_repack: AutoGPTQ's tensors to units, into rows [row0, row0 + n) and inputs [input0, input0 + k) of a matrix.
@@ -183,7 +190,7 @@ typedef struct HeadParams {
     float* logits;          // [tokens, vocab]
     uint32_t tokens, hidden, vocab;
 } HeadParams;
-int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
+int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_BATCH_TOKENS
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn
@@ -231,12 +238,14 @@ int32_t decode_step(const DecodeStepParams* p, const Launch* l);
 // Blocks decode_step is launched with on the current device, one a multiprocessor, all resident at once; 0 where it cannot run.
 int32_t decode_step_blocks(uint32_t has_zeros, uint32_t* blocks);
 
-// What the sampler tells the host about one token; lies in pinned host memory.
+// One sampled token, as the sampler tells the host.
 typedef struct SampledToken {
     uint32_t id;
-    float logprob;   // log softmax of the unprocessed logits
-    uint32_t fault;  // 0, or 1 + the lowest id whose logit is NaN or +infinity
-    uint32_t step;   // 1 for the first token of a generation; written last
+    float logprob;    // under the unprocessed logits
+    uint32_t fault;   // 0, or 1 + the lowest id whose logit was NaN or +infinity
+    uint32_t emitted; // tokens of its step that were kept: 1 + the drafts that were right
+    uint32_t drafts;  // of its step
+    uint32_t step;    // 1 for the first token of a generation
 } SampledToken;
 
 // What a decode step reads and the sampler advances. One struct in device memory.
@@ -247,29 +256,47 @@ typedef struct DecodeState {
     uint32_t slot, first;
     uint32_t step;      // tokens sampled in this generation
     uint32_t length;    // tokens in `history`
+    uint32_t done;      // 1: a stop id was sampled or the room is used up
+    uint32_t draft_wait, draft_backoff;  // steps without drafts still to go, and how many follow the next failure
 } DecodeState;
 
-// sample: one token from one row of logits, by the formulas of src/sampler.rs; advances the state.
+// sample: a token from each row of logits, by the formulas of src/sampler.rs; keeps those that follow from one another (speculation:
+// src/speculate.rs), tells the host, and sets up the next step. Row m belongs to step->token[m].
+// slots = 1: the rows are one sequence, and each supposes the tokens of the step in front of it to be right. Afterwards step->tokens is
+// 0 (done: nothing else changes) or 1 + drafts, and the rows behind repeat the first token, each as a sequence of its own (`first` is
+// itself): computing them too does no harm.
+// slots = rows: row m is slot m. A slot that is done keeps its token in the step, and gives none.
 typedef struct SampleParams {
-    const float* logits;     // [vocab]
-    float* scratch;          // [vocab]
-    uint32_t* history;       // [history_capacity] every token so far; the new one is appended
-    uint32_t* seen;          // [ceil(vocab / 32)] bit set of the history
-    DecodeState* state;
-    SampledToken* out;       // pinned host memory, [out_capacity]: token of step s is at (s - 1) % out_capacity
-    uint32_t vocab, history_capacity, out_capacity;
+    const float* logits;     // [rows, vocab]
+    float* scratch;          // [rows, vocab]
+    float* surveys;          // [rows, SAMPLE_BLOCKS * SAMPLE_WARPS, SURVEY_FLOATS]: what each warp found
+    uint32_t* arrivals;      // [rows + slots], zero before and after
+    uint32_t* history;       // [slots, history_capacity] every token so far; new ones are appended
+    uint32_t* seen;          // [slots, ceil(vocab / 32)] bit set of the history
+    DecodeState* state;      // [slots]
+    Step* step;
+    SampledToken* out;       // pinned host memory, [slots, out_capacity]: token of step s is at (s - 1) % out_capacity
+    uint32_t rows;           // most rows there may be; rows beyond step->tokens do nothing
+    uint32_t slots;          // 1 (then rows <= DRAFT_ROWS), or as many as rows
+    uint32_t vocab, history_capacity, out_capacity, max_context;
+    uint32_t max_new_tokens; // tokens of a generation at most
+    uint32_t stop_ids[PEREGRINE_STOP_IDS], stop_count;
+    uint32_t drafts;         // most drafts of the next step, < rows; 0: no speculation
     uint32_t top_k, no_repeat_ngram_size;
     uint32_t seed_low, seed_high;
     float temperature, top_p, min_p, repetition_penalty;
 } SampleParams;
 int32_t sample(const SampleParams* p, const Launch* l);
 
-// start: fills `seen` from the history and sets the state for a generation that follows a prefill.
+// start: fills `seen` from a slot's history, empties its ring of tokens, and sets its state, and its token of the step, for a
+// generation that follows a prefill.
 typedef struct StartParams {
-    const uint32_t* history;  // [length]
-    uint32_t* seen;           // [ceil(vocab / 32)]
-    DecodeState* state;
-    uint32_t length, position, vocab;
+    const uint32_t* history;  // [length] of this slot, length > 0
+    uint32_t* seen;           // [ceil(vocab / 32)] of this slot
+    DecodeState* state;       // of this slot
+    Step* step;
+    SampledToken* out;        // pinned host memory, [out_capacity] of this slot
+    uint32_t length, position, vocab, slot, slots, out_capacity;
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 

@@ -1,366 +1,327 @@
-// sample — one token from one row of logits, and the state of the next step.   Reference: src/sampler.rs
+// sample — a token from each row of logits, and the state of the next step.   Reference: src/sampler.rs, src/speculate.rs
 // start  — the state of the first.
 // Order    Hugging Face's: repetition penalty, no-repeat n-gram, then (temperature > 0) temperature, top_k, top_p, min_p, choice.
-//          Equal logits stand or fall together in top_k and top_p.
-// Choice   Gumbel-max: the largest of logit / temperature + g(id), g from Philox4x32-10 at counter (id, position), key = seed. It
-//          needs no sum and no order, so it is the same on any device, and later for a token verified by speculation.
-// Mapping  one block of 512 threads (1024 would leave 64 registers, which spill); each pass reads 260 KB from L2, 16 bytes a load.
-//          top_k and top_p find their threshold in a coarse histogram, then by radix select of one of its bins. Once few are left
-//          they are kept in shared memory, where further passes cost little. Probability mass is summed in integers (2^-40 steps),
-//          so that the order of the atomics is without effect: same token every run.
-// Measured greedy 18 us, the model card's temperature 0.7, top_k 50, top_p 0.95 73 us, top_p 0.9 of all 129 us; H200.
-// Tried    radix select of all logits: the first pass's atomics fall on few bins, 0.8 ms for top_p of a bell of logits; match.any to
-//          join a warp's atomics: 263 us for the card's settings; no lists in shared memory: 174 us.
-#include <math_constants.h>
-#include "block.cuh"
-#include "launch.cuh"
+// Mapping  grid (32 blocks, rows). Each warp surveys its part of the row (at 65024 one vector of four a thread): the best
+//          processed logit, the largest unprocessed one, the sum of exponentials, the lowest id that is no number. The last block of a
+//          row to arrive joins the surveys, in the order of a fixed tree (same bits every run), and makes the random choice
+//          (choice.cuh). The last row of a slot to arrive walks over its rows, tells the host, and sets up the next step.
+// Rows     Row j of a single slot supposes drafts 1 .. j of the step to be right: they are part of its history, of the ids it has
+//          seen, and of its position. So all rows choose at once, and what the walk keeps is what decoding one by one gives.
+// Arrivals Blocks of a row without a token arrive too: else one might look at step->tokens after the walk has set the next step's.
+// Floor    65024 logits from L2: 260 KB, 0.1 us; it is all latency: launch, logits, arrival, surveys, the end of the kernel.
+// Measured with a fence more at each arrival and one for the host, launched from the host: greedy 6.9 us; 8 rows with drafts 10.1; 8 slots
+//          6.9; the model card's temperature 0.7, top_k 50, top_p 0.95 22.8, 8 slots of it 24.7, 64 slots 52.9; top_p 0.9 of all 106; H200.
+// Tried    one block a row: greedy 18 us, the card's settings 73. A fence for the host, so that it may look before the kernel has ended.
+#include "choice.cuh"
 
 namespace {
 
-constexpr int BINS = 256;
-constexpr float MASS_ONE = 1099511627776.f;  // 2^40 steps for a probability weight of 1
-constexpr int LIMB_BITS = 14;  // 131072 limbs fit 32 bits
-constexpr float COARSE_STEP = 0.125f;
+constexpr uint32_t MOST_PART_IDS = 8192;
 
-// Larger float, larger key.
-__device__ __forceinline__ uint32_t ordered(float v) {
-    const uint32_t b = __float_as_uint(v);
-    return b ^ ((b >> 31) ? 0xffffffffu : 0x80000000u);
-}
-
-struct Best {
-    float score;
-    uint32_t id;
-};
-// Larger score, then lower id: associative and commutative.
-__device__ __forceinline__ Best better(Best a, Best b) {
-    return b.score > a.score || (b.score == a.score && b.id < a.id) ? b : a;
-}
-
-// Word 0 of Philox4x32-10 (Salmon et al. 2011) at counter (id, position, 0, 0).
-__device__ uint32_t philox(uint32_t id, uint32_t position, uint32_t key0, uint32_t key1) {
-    uint32_t c0 = id, c1 = position, c2 = 0, c3 = 0;
-#pragma unroll
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-        c0 = (uint32_t)(b >> 32) ^ c1 ^ key0;
-        c2 = (uint32_t)(a >> 32) ^ c3 ^ key1;
-        c1 = (uint32_t)b;
-        c3 = (uint32_t)a;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-    return c0;
-}
-
-__device__ __forceinline__ float gumbel(uint32_t random) {
-    const float v = fminf(((float)random + 0.5f) * 0x1p-32f, 1.f - 0x1p-24f);
-    return -logf(-log1pf(-v));
-}
-
-// Weight of a scaled logit as an integer; `top` is the largest.
-__device__ __forceinline__ unsigned long long mass(float v, float top) { return (unsigned long long)(expf(v - top) * MASS_ONE); }
-
-// Calls f(id, value) for every value, four at a time.
-// Loads of a batch are issued together: one SM has nothing else to hide its latency with.
-template <typename F>
-__device__ __forceinline__ void for_each(const float* values, uint32_t vocab, F f) {
-    constexpr int BATCH = 8;
-    const float4* vectors = reinterpret_cast<const float4*>(values);
-    for (uint32_t base = threadIdx.x; base < vocab / 4; base += BLOCK_THREADS * BATCH) {
-        float4 v[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++)
-            if (base + j * BLOCK_THREADS < vocab / 4) v[j] = __ldcg(vectors + base + j * BLOCK_THREADS);
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-            const uint32_t i = base + j * BLOCK_THREADS;
-            if (i >= vocab / 4) break;
-            f(i * 4, v[j].x), f(i * 4 + 1, v[j].y), f(i * 4 + 2, v[j].z), f(i * 4 + 3, v[j].w);
-        }
-    }
-}
-
-// Candidates: all of scratch, or, once few are left, a list in shared memory.
-struct Source {
-    const float* values;
-    const uint32_t* ids;  // NULL: the index is the id
-    uint32_t count;
-};
-template <typename F>
-__device__ __forceinline__ void for_each(const Source& s, F f) {
-    if (!s.ids) return for_each(s.values, s.count, f);
-    for (uint32_t i = threadIdx.x; i < s.count; i += BLOCK_THREADS) f(s.ids[i], s.values[i]);
-}
-
-constexpr uint32_t LIST = 2048;
-struct List {
-    float values[LIST];
-    uint32_t ids[LIST];
-    uint32_t count;
-};
-
-// The candidates that `keep` wants, as a list; in the order of arrival, which nothing depends on. `source` itself if they are too many.
-template <typename Keep>
-__device__ void gather(const Source& source, List& list, Source& kept, Keep keep) {
-    __syncthreads();
-    if (threadIdx.x == 0) list.count = 0;
-    __syncthreads();
-    for_each(source, [&](uint32_t id, float v) {
-        if (!keep(v)) return;
-        const uint32_t at = atomicAdd(&list.count, 1u);
-        if (at < LIST) list.values[at] = v, list.ids[at] = id;
-    });
-    __syncthreads();
-    kept = list.count <= LIST ? Source{list.values, list.ids, list.count} : source;
-}
-
-// A coarse histogram of the distance below the largest logit; the last bin takes all that is further away.
-__device__ __forceinline__ uint32_t coarse_bin(float v, float top) { return (uint32_t)fminf((top - v) * (1.f / COARSE_STEP), BINS - 1.f); }
-
-// What a bin holds: COUNT: logits; otherwise their mass, in three limbs, since 32-bit atomics are much cheaper than 64-bit ones.
-struct Bins {
-    uint32_t limb[3][BINS];
-    __device__ __forceinline__ void clear() {
-        for (uint32_t i = threadIdx.x; i < 3 * BINS; i += BLOCK_THREADS) limb[0][i] = 0;
-    }
-    template <bool COUNT>
-    __device__ __forceinline__ void add(uint32_t bin, float v, float top) {
-        if (COUNT) {
-            atomicAdd(&limb[0][bin], 1u);
-            return;
-        }
-        const unsigned long long m = mass(v, top);
-#pragma unroll
-        for (int i = 0; i < 3; i++) atomicAdd(&limb[i][bin], (uint32_t)(m >> (LIMB_BITS * i)) & ((1u << LIMB_BITS) - 1));
-    }
-    __device__ __forceinline__ unsigned long long weight(uint32_t bin) const {
-        return limb[0][bin] + ((unsigned long long)limb[1][bin] << LIMB_BITS) + ((unsigned long long)limb[2][bin] << (2 * LIMB_BITS));
-    }
-};
-
-// The first bin, from bin 0 up or from the last one down, at which the running weight reaches (COUNT) or passes (mass) `wanted`; the
-// last one if none does. Takes the weight before that bin off `wanted`. Every warp finds it by a scan of its own, eight bins a lane.
-template <bool COUNT>
-__device__ uint32_t find_bin(const Bins& bins, bool downwards, unsigned long long& wanted) {
-    constexpr uint32_t OWN = BINS / 32;
-    const uint32_t lane = threadIdx.x % 32;
-    const auto at = [&](uint32_t i) { return downwards ? BINS - 1 - i : i; };
-    unsigned long long sum = 0;
-    for (uint32_t j = 0; j < OWN; j++) sum += bins.weight(at(lane * OWN + j));
-    unsigned long long before = sum;  // inclusive scan over lanes, then exclusive
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const unsigned long long other = __shfl_up_sync(~0u, before, step);
-        if (lane >= step) before += other;
-    }
-    before -= sum;
-    uint32_t found = BINS - 1;
-    bool hit = false;
-    for (uint32_t i = lane * OWN; i < (lane + 1) * OWN && !hit; i++) {
-        const unsigned long long own = bins.weight(at(i));
-        hit = (COUNT ? before + own >= wanted : before + own > wanted) || i == BINS - 1;
-        if (hit) found = i;
-        else before += own;
-    }
-    __syncwarp();
-    const uint32_t first = __ffs(__ballot_sync(~0u, hit)) - 1;  // the last lane always hits
-    wanted -= __shfl_sync(~0u, before, first);
-    return at(__shfl_sync(~0u, found, first));
-}
-
-struct Range {
-    uint32_t low, high;
-};
-
-// Shared memory of the choice.
-struct Workspace {
-    Bins bins;
-    List kept, bin;
-    Range ranges[BLOCK_WARPS];
-    unsigned long long sums[BLOCK_WARPS];
-    Best best[BLOCK_WARPS];
-};
-
-// COUNT: the wanted-th largest key. Otherwise: of the keys >= floor_key, the smallest at which the mass, added from the smallest key
-// up, passes `wanted`. First the coarse bin it is in, then radix select, eight bits a pass, over that bin alone.
-template <bool COUNT>
-__device__ uint32_t threshold(const Source& source, float top, uint32_t floor_key, unsigned long long wanted, Workspace& w) {
-    Bins& bins = w.bins;
-    __syncthreads();
-    bins.clear();
-    __syncthreads();
-    for_each(source, [&](uint32_t, float v) {
-        if (ordered(v) >= floor_key) bins.add<COUNT>(coarse_bin(v, top), v, top);
-    });
-    __syncthreads();
-    // Coarse bins count away from the largest logit: top_k starts there, top_p at the far end.
-    const uint32_t coarse = find_bin<COUNT>(bins, !COUNT, wanted);
-    const auto in = [&](float v) { return ordered(v) >= floor_key && coarse_bin(v, top) == coarse; };
-    Source bin;
-    gather(source, w.bin, bin, in);
-
-    // Leading bits that all keys of the bin share need no pass.
-    Range range = {0xffffffffu, 0};
-    for_each(bin, [&](uint32_t, float v) {
-        if (in(v)) range = {min(range.low, ordered(v)), max(range.high, ordered(v))};
-    });
-    range = block_reduce(range, w.ranges, [](Range a, Range b) { return Range{min(a.low, b.low), max(a.high, b.high)}; });
-    if (range.low >= range.high) return range.high;
-    const int top_bit = 31 - __clz(range.low ^ range.high);
-    uint32_t prefix = 0, mask = 0;
-    for (int shift = top_bit / 8 * 8; shift >= 0; shift -= 8) {
-        if (mask == 0 && shift < 24) mask = 0xffffffffu << (shift + 8), prefix = range.low & mask;
-        __syncthreads();
-        bins.clear();
-        __syncthreads();
-        for_each(bin, [&](uint32_t, float v) {
-            const uint32_t key = ordered(v);
-            if (in(v) && (key & mask) == prefix) bins.add<COUNT>(key >> shift & 255, v, top);
-        });
-        __syncthreads();
-        prefix |= find_bin<COUNT>(bins, COUNT, wanted) << shift;
-        mask |= 255u << shift;
-    }
-    return prefix;
-}
-
-// Smallest key that top_p keeps, of those >= floor_key.
-__device__ uint32_t top_p_key(const Source& source, float top, uint32_t floor_key, float top_p, Workspace& w) {
-    unsigned long long total = 0;
-    for_each(source, [&](uint32_t, float v) {
-        if (ordered(v) >= floor_key) total += mass(v, top);
-    });
-    total = block_reduce(total, w.sums, [](unsigned long long a, unsigned long long b) { return a + b; });
-    const unsigned long long removed = (unsigned long long)((1.0 - (double)top_p) * (double)total);
-    return min(threshold<false>(source, top, floor_key, removed, w), ordered(top));
-}
-
-__device__ __forceinline__ float penalised(const SampleParams& p, uint32_t id, float v) {
-    if (p.repetition_penalty == 1.f || !(p.seen[id / 32] >> (id % 32) & 1)) return v;
-    return v < 0.f ? v * p.repetition_penalty : v / p.repetition_penalty;
-}
-
-// Bans, in scratch, what would complete an n-gram of the history a second time.
-__device__ void ban_repeats(const SampleParams& p, uint32_t length) {
-    const uint32_t n = p.no_repeat_ngram_size;
-    if (n == 0 || length < n) return;
-    for (uint32_t i = threadIdx.x; i + n <= length; i += BLOCK_THREADS) {
-        bool same = true;
-        for (uint32_t j = 0; j + 1 < n && same; j++) same = p.history[i + j] == p.history[length - n + 1 + j];
-        const uint32_t id = p.history[i + n - 1];
-        if (same && id < p.vocab) p.scratch[id] = -CUDART_INF_F;
-    }
-    __syncthreads();
-}
-
-// What the unprocessed logits are like, and the largest processed and scaled one. Leaves the processed logits, divided by the
-// temperature, in scratch, if they are needed.
+// What is known of some of a row's logits.
 struct Survey {
-    Best best;       // of the processed logits, divided by the temperature unless that is 0
+    uint32_t key;    // ordered, of the largest processed logit
+    uint32_t id;     // its lowest id
+    float logit;     // that one unprocessed
     float top;       // the largest unprocessed one
+    float sum;       // of exp(unprocessed - top)
     uint32_t fault;  // lowest id that is NaN or +infinity
 };
-__device__ Survey survey(const SampleParams& p, uint32_t length) {
-    Survey s = {{-CUDART_INF_F, 0xffffffffu}, -CUDART_INF_F, 0xffffffffu};
-    const bool keep = p.temperature != 0.f || p.no_repeat_ngram_size;  // greedy needs them once
-    for_each(p.logits, p.vocab, [&](uint32_t id, float v) {
-        if (!(v < CUDART_INF_F)) s.fault = min(s.fault, id);
-        s.top = fmaxf(s.top, v);
-        const float processed = penalised(p, id, v);
-        if (keep) p.scratch[id] = p.temperature == 0.f ? processed : processed / p.temperature;
-        if (processed > s.best.score) s.best = {processed, id};  // ids rise, so of equal ones the first stays
-    });
-    if (p.no_repeat_ngram_size) {
-        __syncthreads();
-        ban_repeats(p, length);
-        s.best = {-CUDART_INF_F, 0xffffffffu};
-        for_each(p.scratch, p.vocab, [&](uint32_t id, float v) {
-            if (v > s.best.score) s.best = {v, id};
-        });
-        // What was found is scaled already; `choose` wants it so in any case.
-        return s;
+__device__ __forceinline__ Survey nothing() { return {ordered(-CUDART_INF_F), NO_ID, -CUDART_INF_F, -CUDART_INF_F, 0.f, NO_ID}; }
+
+// The surveys of a warp's lanes as one, in every lane.
+__device__ Survey join_warp(const Survey& s) {
+    Survey all;
+    all.key = __reduce_max_sync(~0u, s.key);
+    all.id = __reduce_min_sync(~0u, s.key == all.key ? s.id : NO_ID);
+    all.logit = __shfl_sync(~0u, s.logit, __ffs(__ballot_sync(~0u, s.key == all.key && s.id == all.id)) - 1);
+    all.top = unordered(__reduce_max_sync(~0u, ordered(s.top)));
+    all.fault = __reduce_min_sync(~0u, s.fault);
+    all.sum = s.top > -CUDART_INF_F ? s.sum * expf(s.top - all.top) : 0.f;
+#pragma unroll
+    for (int step = 16; step; step /= 2) all.sum += __shfl_xor_sync(~0u, all.sum, step);
+    return all;
+}
+
+// A row's place: the slot's history, of `base` tokens, and the step's `ahead` drafts behind it.
+struct Row {
+    uint32_t index, slot, base, ahead;
+};
+__device__ __forceinline__ uint32_t token_at(const SampleParams& p, const Row& r, uint32_t i) {
+    return i < r.base ? __ldcg(p.history + (size_t)r.slot * p.history_capacity + i) : p.step->token[1 + i - r.base].id;
+}
+
+// Bits of the ids of a block's part of the row.
+struct Marks {
+    uint32_t seen[MOST_PART_IDS / 32], banned[MOST_PART_IDS / 32];
+};
+__device__ __forceinline__ void mark(uint32_t* bits, uint32_t id, const Part& part) {
+    const uint32_t at = id - part.begin * 4;
+    if (id >= part.begin * 4 && id < part.end * 4) atomicOr(bits + at / 32, 1u << (at % 32));
+}
+__device__ __forceinline__ bool marked(const uint32_t* bits, uint32_t at) { return bits[at / 32] >> (at % 32) & 1; }
+
+// The ids the row has seen, for the repetition penalty, and those that would complete an n-gram of its history a second time.
+__device__ void mark_part(const SampleParams& p, const Row& r, const Part& part, Marks& m) {
+    const uint32_t n = p.no_repeat_ngram_size, length = r.base + r.ahead;
+    const bool penalty = p.repetition_penalty != 1.f;
+    if (!penalty && n == 0) return;
+    const uint32_t* seen = p.seen + (size_t)r.slot * ((p.vocab + 31) / 32) + part.begin / 8;
+    for (uint32_t w = threadIdx.x; w < (part.end - part.begin + 7) / 8; w += BLOCK_THREADS) {
+        if (penalty) m.seen[w] = __ldcg(seen + w);
+        m.banned[w] = 0;
     }
-    if (p.temperature != 0.f) s.best.score /= p.temperature;
-    return s;
-}
-
-__device__ __forceinline__ Survey join(Survey a, Survey b) {
-    return {better(a.best, b.best), fmaxf(a.top, b.top), min(a.fault, b.fault)};
-}
-
-// The random choice among the processed and scaled logits in scratch, of which `top` is the largest.
-__device__ Best choose(const SampleParams& p, uint32_t length, float top) {
-    __shared__ Workspace w;
-    Source source = {p.scratch, nullptr, p.vocab};
-    uint32_t floor_key = 0;
-    if (p.top_k && p.top_k < p.vocab) {
-        floor_key = threshold<true>(source, top, 0, p.top_k, w);
-        const Source all = source;
-        gather(all, w.kept, source, [&](float v) { return ordered(v) >= floor_key; });
+    __syncthreads();
+    if (penalty && threadIdx.x < r.ahead) mark(m.seen, p.step->token[1 + threadIdx.x].id, part);
+    for (uint32_t i = threadIdx.x; n && i + n <= length; i += BLOCK_THREADS) {
+        bool same = true;
+        for (uint32_t j = 0; j + 1 < n && same; j++) same = token_at(p, r, i + j) == token_at(p, r, length - n + 1 + j);
+        if (same) mark(m.banned, token_at(p, r, i + n - 1), part);
     }
-    if (p.top_p < 1.f) floor_key = top_p_key(source, top, floor_key, p.top_p, w);
-    Best best = {-CUDART_INF_F, 0xffffffffu};
-    for_each(source, [&](uint32_t id, float v) {
-        if (ordered(v) < floor_key || v == -CUDART_INF_F || expf(v - top) < p.min_p) return;
-        best = better(best, {v + gumbel(philox(id, length, p.seed_low, p.seed_high)), id});
-    });
-    return block_reduce(best, w.best, better);
+    __syncthreads();
 }
 
-__global__ void __launch_bounds__(BLOCK_THREADS) sample_kernel(const __grid_constant__ SampleParams p) {
+// Surveys this warp's values of the part; leaves the processed ones, divided by the temperature, in scratch, if there is one.
+// `next`: this thread's first vector.
+__device__ Survey survey(const SampleParams& p, const Row& r, const Part& part, float4 next, const Marks& m) {
+    const float4* logits = reinterpret_cast<const float4*>(p.logits + (size_t)r.index * p.vocab);
+    float4* scratch = reinterpret_cast<float4*>(p.scratch + (size_t)r.index * p.vocab);
+    Survey s = nothing();
+    float best = -CUDART_INF_F;
+    for (uint32_t i = part.begin + threadIdx.x; i < part.end; i += BLOCK_THREADS) {
+        const float raw[4] = {next.x, next.y, next.z, next.w};
+        if (i + BLOCK_THREADS < part.end) next = __ldcg(logits + i + BLOCK_THREADS);
+        const uint32_t first = (i - part.begin) * 4;
+        float kept[4];
+#pragma unroll
+        for (uint32_t c = 0; c < 4; c++) {
+            float v = raw[c];
+            if (!(v < CUDART_INF_F)) s.fault = min(s.fault, i * 4 + c);
+            if (p.repetition_penalty != 1.f && marked(m.seen, first + c))
+                v = v < 0.f ? v * p.repetition_penalty : v / p.repetition_penalty;
+            if (p.no_repeat_ngram_size && marked(m.banned, first + c)) v = -CUDART_INF_F;
+            v += 0.f;  // -0 becomes 0, which it equals, but not as a key
+            if (v > best) best = v, s.id = i * 4 + c, s.logit = raw[c];  // ids rise, so of equal ones the first stays
+            kept[c] = v;
+        }
+        if (p.temperature != 0.f) {
+            const float t = p.temperature;
+            scratch[i] = make_float4(kept[0] / t, kept[1] / t, kept[2] / t, kept[3] / t);
+        }
+        const float top = fmaxf(s.top, fmaxf(fmaxf(raw[0], raw[1]), fmaxf(raw[2], raw[3])));
+        if (top == -CUDART_INF_F) continue;
+        s.sum *= expf(s.top - top);
+#pragma unroll
+        for (uint32_t c = 0; c < 4; c++) s.sum += expf(raw[c] - top);
+        s.top = top;
+    }
+    s.key = ordered(best);
+    return join_warp(s);
+}
+
+__device__ __forceinline__ float4* survey_at(const SampleParams& p, uint32_t row, uint32_t i) {
+    return reinterpret_cast<float4*>(p.surveys) + ((size_t)row * SURVEYS + i) * (PEREGRINE_SURVEY_FLOATS / 4);
+}
+
+// Counts this block in; true in the last one, to which everything the others wrote before is visible then.
+__device__ bool last_to_arrive(uint32_t* arrivals, uint32_t wanted) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // Lighter than two __threadfence: those order more than is needed here.
+        uint32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+        last = before == wanted - 1;
+        if (last) *arrivals = 0;
+    }
+    __syncthreads();
+    return last;
+}
+
+struct Result {
+    uint32_t id;
+    float logprob;
+    uint32_t fault;  // as SampledToken
+};
+
+// Joins a row's surveys and chooses its token: the same in all threads.
+__device__ Result choose_row(const SampleParams& p, const Row& r) {
+    __shared__ Survey joined[BLOCK_WARPS], whole;
+    const float4 a = __ldcg(survey_at(p, r.index, threadIdx.x)), b = __ldcg(survey_at(p, r.index, threadIdx.x) + 1);
+    const Survey mine = {__float_as_uint(a.x), __float_as_uint(a.y), b.x, a.z, a.w, __float_as_uint(b.y)};
+    const Survey warp = join_warp(mine);
+    if (threadIdx.x % 32 == 0) joined[threadIdx.x / 32] = warp;
+    __syncthreads();
+    Survey all = join_warp(threadIdx.x % 32 < BLOCK_WARPS ? joined[threadIdx.x % 32] : nothing());
+    uint32_t id = all.id;
+    if (p.temperature != 0.f) {
+        // Dividing keeps the order, so this is the largest of what the survey left in scratch.
+        const auto scaled = [&](uint32_t key) { return unordered(key) / p.temperature; };
+        if (threadIdx.x == 0) whole = all;  // out of the registers while the choice, which has barriers, is made
+        id = choose(p, p.scratch + (size_t)r.index * p.vocab, r.base + r.ahead, scaled(all.key), ordered(scaled(mine.key))).id;
+        all = whole;
+        if (id != all.id && id < p.vocab) all.logit = __ldcg(p.logits + (size_t)r.index * p.vocab + id);
+    }
+    if (id >= p.vocab) id = 0;  // every logit -infinity or NaN: `fault` tells, or id 0
+    return {id, all.logit - all.top - logf(all.sum), all.fault == NO_ID ? 0 : all.fault + 1};
+}
+
+// Where to read on after the latest earlier occurrence of the last three tokens of history, else of the last two; 0: there is none.
+__device__ uint32_t find_repeat(const uint32_t* history, uint32_t length) {
+    __shared__ uint32_t found[2];
+    if (threadIdx.x < 2) found[threadIdx.x] = 0;
+    __syncthreads();
+    if (length >= 3) {
+        const uint32_t a = __ldcg(history + length - 3), b = __ldcg(history + length - 2), c = __ldcg(history + length - 1);
+#pragma unroll 4
+        for (uint32_t i = threadIdx.x + 2; i < length; i += BLOCK_THREADS) {
+            const uint32_t x = i > 2 ? __ldcg(history + i - 3) : NO_ID;
+            if (__ldcg(history + i - 2) != b || __ldcg(history + i - 1) != c) continue;
+            atomicMax(found, i);
+            if (x == a) atomicMax(found + 1, i);
+        }
+    }
+    __syncthreads();
+    return found[1] ? found[1] : found[0];
+}
+
+// What the walk over a slot's rows came to.
+struct Walk {
+    uint32_t emitted, last, done;
+};
+
+// Warp 0: keeps the tokens that follow from one another, of `count` rows from `first` on. `mine`: the result of row `own`.
+__device__ Walk walk(const SampleParams& p, const DecodeState& s, uint32_t slot, uint32_t first, uint32_t count, uint32_t own,
+                     Result mine) {
+    const uint32_t lane = threadIdx.x;
+    Result r = mine;
+    if (lane < count && first + lane != own) {
+        const float4 v = __ldcg(survey_at(p, first + lane, 0));
+        r = {__float_as_uint(v.x), v.y, __float_as_uint(v.z)};
+    }
+    bool ends = s.step + lane + 1 >= p.max_new_tokens || s.position + lane + 1 >= p.max_context;
+    for (uint32_t i = 0; i < p.stop_count; i++) ends |= r.id == p.stop_ids[i];
+    const bool goes_on = lane + 1 < count && !ends && r.id == p.step->token[first + lane + 1].id;
+    const uint32_t emitted = __ffs(__ballot_sync(~0u, !goes_on));
+    const Walk w = {emitted, __shfl_sync(~0u, r.id, emitted - 1), __shfl_sync(~0u, (uint32_t)ends, emitted - 1)};
+    if (lane >= emitted) return w;
+    if (s.length + lane < p.history_capacity) p.history[(size_t)slot * p.history_capacity + s.length + lane] = r.id;
+    atomicOr(p.seen + (size_t)slot * ((p.vocab + 31) / 32) + r.id / 32, 1u << (r.id % 32));
+    SampledToken* out = p.out + (size_t)slot * p.out_capacity + (s.step + lane) % p.out_capacity;
+    // The host reads it once the kernel has ended.
+    *out = {r.id, r.logprob, r.fault, emitted, count - 1, s.step + lane + 1};
+    return w;
+}
+
+// The state after the walk over rows `first` .. `first + count`, and the step that follows.
+__device__ void advance(const SampleParams& p, DecodeState s, uint32_t slot, uint32_t count, const Walk& w) {
+    s.position += w.emitted;
+    s.step += w.emitted;
+    s.length = min(s.length + w.emitted, p.history_capacity);
+    s.done = w.done;
+    if (count > 1 && w.emitted > 1) s.draft_wait = 0, s.draft_backoff = 1;
+    if (count > 1 && w.emitted == 1) s.draft_wait = s.draft_backoff, s.draft_backoff = min(2 * s.draft_backoff, PEREGRINE_BACKOFF);
+    const bool waits = s.draft_wait > 0;
+    s.draft_wait -= waits;
+
+    const uint32_t* history = p.history + (size_t)slot * p.history_capacity;
+    uint32_t drafts = 0, from = 0;
+    if (p.drafts && !s.done && !waits) {
+        from = find_repeat(history, s.length);
+        // No further than the last position, and no more tokens than are wanted.
+        if (from) drafts = min(p.drafts, min(p.max_context - s.position, p.max_new_tokens - s.step) - 1);
+    }
+    const uint32_t i = threadIdx.x;
+    if (i == 0) {
+        p.state[slot] = s;
+        if (p.slots == 1) p.step->tokens = s.done ? 0 : 1 + drafts;
+    }
+    if (s.done) return;
+    if (p.slots > 1) {
+        if (i == 0) p.step->token[slot] = {w.last, s.position, slot, slot};
+    } else if (i < p.rows) {
+        const bool draft = i > 0 && i <= drafts;
+        const uint32_t id = draft ? __ldcg(history + from + (i - 1) % (s.length - from)) : w.last;
+        p.step->token[i] = {id, s.position + (draft ? i : 0), 0, draft ? 0 : i};
+    }
+}
+
+// Two blocks an SM: 8 rows are one wave.
+__global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_constant__ SampleParams p) {
     overlap_next();
-    __shared__ Survey survey_shared[BLOCK_WARPS];
-    __shared__ float float_shared[BLOCK_WARPS];
+    __shared__ Marks marks;
+    __shared__ Walk walked;
+    __shared__ DecodeState state;
+    const uint32_t row = blockIdx.y, slot = p.slots == 1 ? 0 : row, warp = threadIdx.x / 32;
+    const Part part = part_of(blockIdx.x, p.vocab);
     wait_previous();
-    const uint32_t length = min(p.state->length, p.history_capacity);
+    // Asked for before it is known whether the row has a token: one latency less.
+    float4 values = {};
+    const uint32_t i = part.begin + threadIdx.x;
+    if (i < part.end) values = __ldcg(reinterpret_cast<const float4*>(p.logits + (size_t)row * p.vocab) + i);
+    const uint32_t tokens = min(p.step->tokens, p.rows);
+    const DecodeState now = p.state[slot];
+    if (threadIdx.x == 0) state = now;  // wanted at the end, and out of the registers until then
+    const Row r = {row, slot, min(now.length, p.history_capacity), p.slots == 1 ? row : 0};
+    const bool live = row < tokens && !now.done;
 
-    const Survey s = block_reduce(survey(p, length), survey_shared, join);
-    float sum = 0.f;
-    for_each(p.logits, p.vocab, [&](uint32_t, float v) { sum += expf(v - s.top); });
-    sum = block_reduce(sum, float_shared, [](float a, float b) { return a + b; });
-    const Best best = p.temperature == 0.f ? s.best : choose(p, length, s.best.score);
-    if (threadIdx.x != 0) return;
-
-    const uint32_t id = best.id < p.vocab ? best.id : 0;  // every logit -infinity or NaN: `fault` tells, or id 0
-    DecodeState* state = p.state;
-    const uint32_t step = state->step + 1;
-    state->token = id;
-    state->position += 1;
-    state->step = step;
-    if (length < p.history_capacity) {
-        p.history[length] = id;
-        state->length = length + 1;
+    if (live) {
+        mark_part(p, r, part, marks);
+        const Survey s = survey(p, r, part, values, marks);
+        if (threadIdx.x % 32 == 0) {
+            float4* at = survey_at(p, row, blockIdx.x * BLOCK_WARPS + warp);
+            at[0] = make_float4(__uint_as_float(s.key), __uint_as_float(s.id), s.top, s.sum);
+            at[1] = make_float4(s.logit, __uint_as_float(s.fault), 0.f, 0.f);
+        }
     }
-    p.seen[id / 32] |= 1u << (id % 32);
-    SampledToken* out = p.out + (step - 1) % p.out_capacity;
-    out->id = id;
-    out->logprob = p.logits[id] - s.top - logf(sum);
-    out->fault = s.fault == 0xffffffffu ? 0 : s.fault + 1;
-    __threadfence_system();
-    *reinterpret_cast<volatile uint32_t*>(&out->step) = step;
+    if (!last_to_arrive(p.arrivals + row, PEREGRINE_SAMPLE_BLOCKS)) return;
+    Result result = {};
+    if (live) result = choose_row(p, r);
+    if (p.slots == 1 && p.rows > 1) {
+        if (live && threadIdx.x == 0)
+            *survey_at(p, row, 0) = make_float4(__uint_as_float(result.id), result.logprob, __uint_as_float(result.fault), 0.f);
+        if (!last_to_arrive(p.arrivals + p.rows, p.rows)) return;
+    }
+    if (tokens == 0 || now.done) return;
+
+    const uint32_t first = p.slots == 1 ? 0 : row, count = p.slots == 1 ? tokens : 1;
+    if (warp == 0) {
+        const Walk w = walk(p, state, slot, first, count, row, result);
+        if (threadIdx.x == 0) walked = w;
+    }
+    __syncthreads();
+    advance(p, state, slot, count, walked);
 }
 
 __global__ void __launch_bounds__(BLOCK_THREADS) start_kernel(const __grid_constant__ StartParams p) {
     overlap_next();
     wait_previous();
     for (uint32_t i = threadIdx.x; i < (p.vocab + 31) / 32; i += BLOCK_THREADS) p.seen[i] = 0;
+    for (uint32_t i = threadIdx.x; i < p.out_capacity; i += BLOCK_THREADS) p.out[i].step = 0;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < p.length; i += BLOCK_THREADS) {
         const uint32_t id = p.history[i];
         if (id < p.vocab) atomicOr(p.seen + id / 32, 1u << (id % 32));
     }
-    if (threadIdx.x == 0) *p.state = {1, {}, 0, p.position, 0, 0, 0, p.length};
+    const uint32_t last = p.history[p.length - 1], i = threadIdx.x;
+    if (i == 0) *p.state = {p.position, 0, p.length, 0, 0, 1}, p.step->tokens = p.slots;
+    if (p.slots == 1 ? i < PEREGRINE_STEP_TOKENS : i == p.slot) p.step->token[i] = {last, p.position, p.slot, i};
 }
 
 }  // namespace
 
 extern "C" int32_t sample(const SampleParams* p, const Launch* l) {
-    if (p->vocab == 0 || p->vocab % 4 || p->out_capacity == 0 || p->temperature < 0.f) return PEREGRINE_BAD_SHAPE;
-    return launch(sample_kernel, dim3(1), BLOCK_THREADS, 0, l, *p);
+    const uint32_t most_rows = p->slots == 1 ? PEREGRINE_DRAFT_ROWS : PEREGRINE_STEP_TOKENS;
+    const bool shape = p->rows > 0 && p->rows <= most_rows && (p->slots == 1 || p->slots == p->rows) && p->vocab > 0 && p->vocab % 4 == 0;
+    const bool room = p->out_capacity > 0 && part_vectors(p->vocab) * 4 <= MOST_PART_IDS;
+    const bool settings = p->temperature >= 0.f && p->stop_count <= PEREGRINE_STOP_IDS;
+    const bool drafts = p->drafts < p->rows && (p->slots == 1 || p->drafts == 0);
+    if (!shape || !room || !settings || !drafts) return PEREGRINE_BAD_SHAPE;
+    return launch(sample_kernel, dim3(PEREGRINE_SAMPLE_BLOCKS, p->rows), BLOCK_THREADS, 0, l, *p);
 }
 
 extern "C" int32_t start(const StartParams* p, const Launch* l) {
-    if (p->vocab == 0) return PEREGRINE_BAD_SHAPE;
+    const bool slots = p->slots <= PEREGRINE_STEP_TOKENS && p->slot < p->slots;
+    if (!slots || p->vocab == 0 || p->length == 0) return PEREGRINE_BAD_SHAPE;
     return launch(start_kernel, dim3(1), BLOCK_THREADS, 0, l, *p);
 }

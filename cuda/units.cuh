@@ -52,6 +52,35 @@ __device__ __forceinline__ void unpack_subnormal(uint32_t w, uint32_t a[4]) {
     a[3] = (w >> 8) & 0x00f000f0u;
 }
 
+__device__ __forceinline__ uint32_t as_u32(__half2 h) { return *reinterpret_cast<uint32_t*>(&h); }
+__device__ __forceinline__ __half2 as_half2(uint32_t u) { return *reinterpret_cast<__half2*>(&u); }
+
+// (w & MASK) | 0x64006400 in one instruction, which takes one constant only: left alone the compiler makes two.
+template <uint32_t MASK>
+__device__ __forceinline__ uint32_t mask_or(uint32_t w) {
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(w), "n"(MASK), "r"(0x64006400u));
+    return r;
+}
+
+// What unpack_exact adds, for zero points (row g, row g + 8).
+struct ExactBias {
+    __half2 low, high;
+    __device__ __forceinline__ explicit ExactBias(__half2 zero)
+        : low(__hsub2(__float2half2_rn(-1024.f), __low2half2(zero))), high(__hsub2(__float2half2_rn(-64.f), __high2half2(zero))) {}
+};
+
+// The A registers of step word w as the integers code - zero, exactly. 0x6400 | code is 1024 + code in f16, and with the code
+// one nibble higher 1024 + 16 code; one add or multiply-add removes the rest.
+__device__ __forceinline__ void unpack_exact(uint32_t w, const ExactBias& bias, uint32_t a[4]) {
+    const __half2 sixteenth = __float2half2_rn(1.f / 16.f);
+    const uint32_t v = w >> 8;
+    a[0] = as_u32(__hadd2(as_half2(mask_or<0x000f000f>(w)), bias.low));
+    a[1] = as_u32(__hfma2(as_half2(mask_or<0x00f000f0>(w)), sixteenth, bias.high));
+    a[2] = as_u32(__hadd2(as_half2(mask_or<0x000f000f>(v)), bias.low));
+    a[3] = as_u32(__hfma2(as_half2(mask_or<0x00f000f0>(v)), sixteenth, bias.high));
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]; lane l holds c rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2 (l%4), + 1.

@@ -5,6 +5,7 @@
 //!
 //! Cost: one token of the demonstration model takes milliseconds, one of Falcon-7B seconds.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::checkpoint::{Checkpoint, GptqTensor, LayerTensors, NormTensors};
@@ -12,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::layout::HEAD_DIM;
 use crate::reference;
 use crate::sampler::{self, Sampled, Sampling};
+use crate::speculate::{self, MOST_DRAFTS, Pace, Tally};
 
 /// Positions whose logits are computed together: bounds the memory of [`CpuTimeline::logits`], 17 MB for Falcon-7B.
 const LOGIT_ROWS: usize = 64;
@@ -126,10 +128,18 @@ struct LayerCache {
 /// What `begin` was told, and what has been chosen since.
 struct Choices {
     sampling: Sampling,
+    stop_ids: Vec<u32>,
     /// Every token so far, the chosen ones included.
     history: Vec<u32>,
-    /// The last chosen token, as long as it is not in the cache.
-    pending: Option<u32>,
+    /// Tokens of the next step: the last chosen one, which is not in the cache yet, and drafts of what follows. Empty
+    /// before the first choice.
+    step: Vec<u32>,
+    /// Tokens chosen, handed out or not.
+    made: usize,
+    pace: Pace,
+    /// Chosen but not handed out, with the row and the drafts of their step.
+    waiting: VecDeque<(Sampled, usize, usize)>,
+    tally: Tally,
 }
 
 /// One sequence on the CPU: its KV cache, and the logits of its last token.
@@ -175,12 +185,17 @@ impl CpuTimeline {
         if position < self.position {
             self.logits = None;
         }
+        self.cut(position);
+        Ok(())
+    }
+
+    /// Takes the positions from `position` on off the cache.
+    fn cut(&mut self, position: usize) {
         self.position = position;
         for layer in &mut self.cache {
             layer.keys.truncate(position * HEAD_DIM);
             layer.values.truncate(position * HEAD_DIM);
         }
-        Ok(())
     }
 
     /// Appends `ids` in one pass and holds the logits of the last.
@@ -221,23 +236,33 @@ impl CpuTimeline {
         Ok(())
     }
 
-    /// Prepares [`CpuTimeline::next_token`]: how to choose, and every token so far (as many as the cache holds), over
-    /// which the repetition penalty counts.
+    /// Prepares [`CpuTimeline::next_token`]: how to choose, the ids that end the text, and every token so far (as many as
+    /// the cache holds), over which the repetition penalty counts.
     ///
     /// # Errors
     /// [`Error::Usage`] if `history` has another length.
-    pub fn begin(&mut self, sampling: &Sampling, history: &[u32]) -> Result<()> {
+    pub fn begin(&mut self, sampling: &Sampling, stop_ids: &[u32], history: &[u32]) -> Result<()> {
         if history.len() != self.position {
             let (got, held) = (history.len(), self.position);
             return Err(Error::Usage(format!(
                 "begin: got a history of {got} tokens, the cache holds {held}"
             )));
         }
-        self.choices = Some(Choices { sampling: sampling.clone(), history: history.to_vec(), pending: None });
+        self.choices = Some(Choices {
+            sampling: sampling.clone(),
+            stop_ids: stop_ids.to_vec(),
+            history: history.to_vec(),
+            step: Vec::new(),
+            made: 0,
+            pace: Pace::default(),
+            waiting: VecDeque::new(),
+            tally: Tally::default(),
+        });
         Ok(())
     }
 
-    /// Chooses the token after the last one. It is put into the cache by the `next_token` that follows, if one does.
+    /// Chooses the token after the last one. It is put into the cache by the `next_token` that follows, if one does. With
+    /// [`Sampling::speculate`] a call may choose several, which the following calls hand out; they are in the cache by then.
     ///
     /// # Errors
     /// [`Error::Usage`] if [`CpuTimeline::begin`] was not called, no logits are held (after a rewind), or the
@@ -246,20 +271,65 @@ impl CpuTimeline {
         let Some(mut choices) = self.choices.take() else {
             return Err(Error::Usage("next_token: call begin first".to_owned()));
         };
-        if let Some(id) = choices.pending {
-            let x = self.append(&[id])?;
-            self.hold_last(&x);
+        if choices.waiting.is_empty() {
+            self.step(&mut choices)?;
         }
-        let Some(logits) = &self.logits else {
+        let Some((sampled, row, drafts)) = choices.waiting.pop_front() else {
             return Err(Error::Usage(
                 "next_token: no logits are held; prefill at least one token first".to_owned(),
             ));
         };
-        let sampled = sampler::sample(logits, &choices.history, &choices.sampling)?;
-        choices.history.push(sampled.id);
-        choices.pending = Some(sampled.id);
+        choices.tally.count(row, drafts);
         self.choices = Some(choices);
         Ok(sampled)
+    }
+
+    /// What the steps since `begin` came to, of the tokens handed out.
+    #[must_use]
+    pub fn tally(&self) -> Tally {
+        self.choices.as_ref().map_or(Tally::default(), |choices| choices.tally)
+    }
+
+    /// Runs the tokens of a step and chooses what follows: a token, and one more for each draft that was right.
+    fn step(&mut self, choices: &mut Choices) -> Result<()> {
+        let vocab = self.model.checkpoint.config().vocab_size;
+        let start = self.position;
+        let logits = if choices.step.is_empty() {
+            self.logits.take().unwrap_or_default()
+        } else {
+            let x = self.append(&choices.step)?;
+            self.model.head(&x)
+        };
+        let drafts = choices.step.get(1..).unwrap_or(&[]);
+        for (row, logits) in logits.chunks_exact(vocab).enumerate() {
+            let sampled = match sampler::sample(logits, &choices.history, &choices.sampling) {
+                Ok(sampled) => sampled,
+                Err(error) if row == 0 => return Err(error),
+                // It comes up again when the tokens in front of it have been handed out.
+                Err(_) => break,
+            };
+            choices.history.push(sampled.id);
+            choices.waiting.push_back((sampled, row, drafts.len()));
+            if drafts.get(row) != Some(&sampled.id) || choices.stop_ids.contains(&sampled.id) {
+                break;
+            }
+        }
+        let chosen = choices.waiting.len();
+        choices.made += chosen;
+        if !choices.step.is_empty() {
+            self.cut(start + chosen);
+        }
+        if let Some(last) = logits.chunks_exact(vocab).nth(chosen.saturating_sub(1)) {
+            self.logits = Some(last.to_vec());
+        }
+
+        let may_draft = choices.pace.next(drafts.len(), chosen.saturating_sub(1));
+        let Choices { history, sampling, .. } = &*choices;
+        let room = speculate::room(self.position, self.max_context, choices.made, sampling.max_new_tokens);
+        let most = if sampling.speculate && may_draft { room.min(MOST_DRAFTS) } else { 0 };
+        let drafts = speculate::draft(history, most);
+        choices.step = history.last().copied().into_iter().chain(drafts).collect();
+        Ok(())
     }
 
     /// Whether `ids` can be appended.

@@ -4,13 +4,17 @@
 //! embed -> 32 x { norm -> [qkv ; up] -> rope + kv append -> attention, gelu -> [down | dense] -> + residual } -> norm -> head
 //! ```
 //!
+//! That is how prompts are computed, one kernel an op. A decode step is the same in one persistent kernel where it fits
+//! ([`Pass::step`]).
+//!
 //! Each layer's last product leaves its sum to the norm that follows (`layernorm` adds K slices in order), and decoding's
 //! attention rotates and appends on the way, so a layer is four launches. Nothing is allocated and nothing waits.
 
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::ops::{
-    self, Activations, AttnOutput, GEMV_TOKENS, MatmulKernel, MatmulOutput, PendingSum, StepTokens,
+    self, Activations, AttnOutput, BATCH_TOKENS, DecodeLayer, DecodeModel, DecodeScratch, GEMV_TOKENS,
+    MatmulKernel, MatmulOutput, PendingSum, StepTokens,
 };
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
@@ -25,6 +29,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) cache: &'a mut KvCache,
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) step: &'a DevBuf<u32>,
+    /// What the persistent kernel works in; `None`: one kernel an op.
+    pub(crate) decode: Option<&'a mut DecodeScratch>,
     /// The tensor cores keep subnormals, which `gptq_gemv` rests on.
     pub(crate) gemv_works: bool,
 }
@@ -76,14 +82,43 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Logits of tokens `first .. first + count` (at most 8) of the last run, into `scratch.logits`.
-    pub(crate) fn head(&mut self, first: usize, count: usize) -> Result<()> {
-        let table = self.weights.head.as_ref().unwrap_or(&self.weights.embedding);
-        ops::head(self.stream, table, &self.scratch.normed, first, count, &mut self.scratch.logits)
+    /// Logits of tokens `first .. first + count` (at most 64) of the last run, into rows `row ..` of `scratch.logits`.
+    pub(crate) fn head(&mut self, first: usize, count: usize, row: usize) -> Result<()> {
+        let s = &mut *self.scratch;
+        ops::head(self.stream, self.weights.head(), &s.normed, first, count, &mut s.logits, row)
+    }
+
+    /// A decode step: appends the tokens of the sampler's step to the cache; row m of `scratch.logits` is what follows token m. With
+    /// one kernel an op there are `rows` tokens, the persistent kernel reads on the device how many.
+    pub(crate) fn step(&mut self, rows: usize) -> Result<()> {
+        let Some(decode) = &mut self.decode else {
+            self.run(Tokens::Step(rows))?;
+            return self.head(0, rows, 0);
+        };
+        let weights = self.weights;
+        let layers = weights.layers.iter().zip(&mut self.cache.layers);
+        let layers = layers.map(|(layer, cache)| DecodeLayer {
+            norm: &layer.norm,
+            qkv_up: &layer.qkv_up,
+            down_dense: &layer.down_dense,
+            cache,
+        });
+        let model = DecodeModel {
+            layers: layers.collect(),
+            embedding: &weights.embedding,
+            head: weights.head(),
+            final_norm: &weights.final_norm,
+            rope_table: &weights.rope_table,
+        };
+        ops::decode_step(self.stream, model, self.step, decode, &mut self.scratch.logits)
     }
 
     fn kernel(&self, m: usize) -> MatmulKernel {
-        if m <= GEMV_TOKENS && self.gemv_works { MatmulKernel::Gemv } else { MatmulKernel::Gemm }
+        match m {
+            _ if m <= GEMV_TOKENS && self.gemv_works => MatmulKernel::Gemv,
+            _ if m <= BATCH_TOKENS => MatmulKernel::Batch,
+            _ => MatmulKernel::Gemm,
+        }
     }
 
     fn qkv_up(&mut self, layer: &Layer, m: usize) -> Result<()> {
@@ -126,6 +161,8 @@ impl Pass<'_> {
     fn attention(&mut self, index: usize, tokens: Tokens) -> Result<()> {
         let (stream, heads, table) = (self.stream, self.config.num_heads, &self.weights.rope_table);
         let s = &mut *self.scratch;
+        // A step's tokens are of several slots.
+        let few = matches!(tokens, Tokens::Step(_)) || tokens.count() <= GEMV_TOKENS;
         let tokens = tokens.of(&s.step_tokens, self.step);
         let cache = &mut self.cache.layers[index];
         let output = AttnOutput {
@@ -133,7 +170,7 @@ impl Pass<'_> {
             first: self.config.ffn_size,
             stride: self.config.ffn_size + self.config.hidden_size,
         };
-        if tokens.count <= GEMV_TOKENS {
+        if few {
             return ops::attn_decode(stream, &s.qkv, cache, table, tokens, &mut s.attn, output);
         }
         ops::rope(stream, &mut s.qkv, heads, cache, table, tokens)?;

@@ -32,7 +32,7 @@
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `engine` < the program; `sampler, tokenizer, prompt` rest on `layout, error` only.
+//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
@@ -55,6 +55,7 @@ pub mod repack;
 pub mod sampler;
 #[cfg(feature = "cuda")]
 mod scratch;
+pub mod speculate;
 pub mod synth;
 pub mod tokenizer;
 #[cfg(feature = "cuda")]

@@ -48,6 +48,10 @@ pub struct Sampling {
     pub stop: Vec<String>,
     /// Go on after an end-of-text id (for measuring).
     pub ignore_eos: bool,
+    /// Draft what is likely to follow from the text so far, and verify several tokens in one forward pass: the same tokens,
+    /// faster where a text repeats itself (see [`crate::speculate`]). On a GPU this takes the persistent kernel; where that does
+    /// not fit, each step gives one token as without.
+    pub speculate: bool,
 }
 
 impl Default for Sampling {
@@ -63,6 +67,7 @@ impl Default for Sampling {
             max_new_tokens: 512,
             stop: Vec::new(),
             ignore_eos: false,
+            speculate: false,
         }
     }
 }
@@ -133,6 +138,12 @@ impl Sampling {
     #[must_use]
     pub fn ignore_eos(self, ignore_eos: bool) -> Self {
         Sampling { ignore_eos, ..self }
+    }
+
+    /// Sets [`Sampling::speculate`].
+    #[must_use]
+    pub fn speculate(self, speculate: bool) -> Self {
+        Sampling { speculate, ..self }
     }
 
     /// Checks every value.

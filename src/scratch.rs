@@ -9,11 +9,11 @@
 //! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
 //! | `partials` | [slices, <= 512 tokens, hidden] f32 | 47 MB | sums of K slices |
 //! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
-//! | `logits` | [8, vocab] f32 | 2 MB | |
+//! | `logits` | [64, vocab] f32 | 17 MB | of one `head` call; sampling reads row m for token m of a step |
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::ops::{self, AttnScratch, GEMV_TOKENS, STEP_TOKEN_WORDS};
+use crate::gpu::ops::{self, AttnScratch, BATCH_TOKENS, GEMV_TOKENS, STEP_TOKEN_WORDS};
 use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
@@ -38,12 +38,13 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// For calls of up to `tokens` tokens; `act_order` adds the gathered copies.
+    /// For calls of up to `tokens` tokens, and decode steps of `slots`; `act_order` adds the gathered copies.
     pub(crate) fn new(
         stream: &Stream,
         config: &ModelConfig,
         max_context: usize,
         tokens: usize,
+        slots: usize,
         act_order: bool,
     ) -> Result<Scratch> {
         let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
@@ -62,8 +63,8 @@ impl Scratch {
             slices,
             permuted_normed: permuted(hidden)?,
             permuted_wide: permuted(wide)?,
-            attn: AttnScratch::new(stream, config.num_heads, max_context, GEMV_TOKENS)?,
-            logits: DevBuf::zeros(stream, "logits", GEMV_TOKENS * config.vocab_size)?,
+            attn: AttnScratch::new(stream, config.num_heads, max_context, slots.max(GEMV_TOKENS))?,
+            logits: DevBuf::zeros(stream, "logits", BATCH_TOKENS * config.vocab_size)?,
         })
     }
 }

@@ -1,9 +1,10 @@
-//! The debugging switches, read once from the environment. None changes a result.
+//! The debugging switches, read once from the environment. None changes a result, but for the last bits of logits where said.
 //!
 //! | variable | effect |
 //! | --- | --- |
 //! | `PEREGRINE_SYNC=1` | wait after every launch: a fault names its op |
 //! | `PEREGRINE_NO_GRAPH=1` | launch the kernels of a decode step one by one instead of as a CUDA graph |
+//! | `PEREGRINE_NO_PERSISTENT=1` | one kernel an op in decode steps, not one for all: other roundings, so the last bits of logits differ |
 //! | `PEREGRINE_REQUIRE_GPU=1` | tests that need a GPU fail where there is none, instead of skipping |
 
 use std::sync::OnceLock;
@@ -15,11 +16,17 @@ pub(crate) struct Switches {
     pub(crate) sync: bool,
     /// `PEREGRINE_NO_GRAPH`
     pub(crate) no_graph: bool,
+    /// `PEREGRINE_NO_PERSISTENT`
+    pub(crate) no_persistent: bool,
 }
 
 /// The switches of this process.
 pub(crate) fn switches() -> Switches {
     static SWITCHES: OnceLock<Switches> = OnceLock::new();
     let on = |name: &str| std::env::var_os(name).is_some_and(|v| !v.is_empty() && v != "0");
-    *SWITCHES.get_or_init(|| Switches { sync: on("PEREGRINE_SYNC"), no_graph: on("PEREGRINE_NO_GRAPH") })
+    *SWITCHES.get_or_init(|| Switches {
+        sync: on("PEREGRINE_SYNC"),
+        no_graph: on("PEREGRINE_NO_GRAPH"),
+        no_persistent: on("PEREGRINE_NO_PERSISTENT"),
+    })
 }

@@ -41,7 +41,7 @@ pub(crate) struct Layer {
 pub(crate) struct Weights {
     pub(crate) embedding: Table,
     /// `None`: the embedding is the head.
-    pub(crate) head: Option<Table>,
+    head: Option<Table>,
     pub(crate) layers: Vec<Layer>,
     pub(crate) final_norm: Norm,
     /// `[max_positions, 32, 2]`: cos and sin.
@@ -69,6 +69,28 @@ impl Weights {
         let rope_table = DevBuf::from_host(stream, "rotary table", &rope_table(config))?;
         stream.synchronize()?;
         Ok(Weights { embedding, head, layers, final_norm, rope_table })
+    }
+
+    /// The table of the head.
+    pub(crate) fn head(&self) -> &Table {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// The quantised matrices of all layers.
+    pub(crate) fn matrices(&self) -> impl Iterator<Item = &Int4Matrix> {
+        self.layers.iter().flat_map(|l| [&l.qkv_up, &l.down_dense])
+    }
+
+    /// Whether a matrix stores zero points.
+    pub(crate) fn has_zeros(&self) -> bool {
+        self.matrices().any(|w| w.has_zeros)
+    }
+
+    /// Whether a layer gathers its activations.
+    pub(crate) fn act_order(&self) -> bool {
+        let sources =
+            |l: &Layer| l.qkv_source.is_some() || l.up_source.is_some() || l.down_dense_source.is_some();
+        self.layers.iter().any(sources)
     }
 
     /// Bytes of device memory.

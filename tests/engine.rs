@@ -372,14 +372,14 @@ fn a_timeline_refuses_calls_out_of_order() {
     let checkpoint = Checkpoint::open(&golden::model_path("a")).unwrap();
     let mut timeline = CpuTimeline::new(Arc::new(CpuModel::load(Arc::new(checkpoint)).unwrap()), 4).unwrap();
     assert!(usage_of(timeline.next_token()).contains("begin"));
-    timeline.begin(&Sampling::greedy(), &[]).unwrap();
+    timeline.begin(&Sampling::greedy(), &[], &[]).unwrap();
     assert!(usage_of(timeline.next_token()).contains("no logits"));
     usage_of(timeline.prefill(&[]));
     usage_of(timeline.prefill(&[1, 2, 3, 4, 5]));
     usage_of(timeline.rewind(1));
     timeline.prefill(&[12, 13, 14]).unwrap();
-    assert!(usage_of(timeline.begin(&Sampling::greedy(), &[12])).contains("history of 1"));
-    timeline.begin(&Sampling::greedy(), &[12, 13, 14]).unwrap();
+    assert!(usage_of(timeline.begin(&Sampling::greedy(), &[], &[12])).contains("history of 1"));
+    timeline.begin(&Sampling::greedy(), &[], &[12, 13, 14]).unwrap();
     let chosen = timeline.next_token().unwrap();
     assert_eq!(timeline.position(), 3, "the chosen token waits");
     timeline.next_token().unwrap();
@@ -387,10 +387,10 @@ fn a_timeline_refuses_calls_out_of_order() {
     assert!(usage_of(timeline.next_token()).contains("full"));
     // Back to the prompt: the logits are gone, and come again with the last token.
     timeline.rewind(2).unwrap();
-    timeline.begin(&Sampling::greedy(), &[12, 13]).unwrap();
+    timeline.begin(&Sampling::greedy(), &[], &[12, 13]).unwrap();
     assert!(usage_of(timeline.next_token()).contains("no logits"));
     timeline.prefill(&[14]).unwrap();
-    timeline.begin(&Sampling::greedy(), &[12, 13, 14]).unwrap();
+    timeline.begin(&Sampling::greedy(), &[], &[12, 13, 14]).unwrap();
     assert_eq!(timeline.next_token().unwrap(), chosen);
 }
 

@@ -8,8 +8,6 @@ mod golden;
 #[path = "common/variants.rs"]
 mod variants;
 
-use std::io::Write;
-
 use peregrine::engine::{Device, Engine, SessionOptions, StopReason, Token};
 use peregrine::sampler::Sampling;
 use peregrine::{Error, Result};
@@ -23,22 +21,9 @@ const PREFILL_TOLERANCE: f32 = 0.041;
 
 /// The model on the GPU; `None`, said loudly, when there is none.
 fn gpu(set: &str) -> Option<Engine> {
-    match golden::load(set, Device::Cuda(0)) {
-        Ok(engine) => {
-            assert!(engine.device_name().contains("cuda:0"), "{}", engine.device_name());
-            Some(engine)
-        }
-        Err(Error::NoGpu(reason)) => {
-            let required = std::env::var("PEREGRINE_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(!required, "PEREGRINE_REQUIRE_GPU=1, but {reason}");
-            // Not eprintln!, which the test harness hides when a test passes.
-            let test = std::thread::current().name().unwrap_or_default().to_owned();
-            let line = format!("SKIPPED {test}: {reason}; PEREGRINE_REQUIRE_GPU=1 makes this a failure\n");
-            std::io::stderr().write_all(line.as_bytes()).expect("stderr");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+    let engine = golden::unless_no_gpu(golden::load(set, Device::Cuda(0)))?;
+    assert!(engine.device_name().contains("cuda:0"), "{}", engine.device_name());
+    Some(engine)
 }
 
 fn greedy(max_new_tokens: usize) -> Sampling {

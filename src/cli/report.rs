@@ -34,6 +34,10 @@ impl Report<'_> {
             format!("{}{}", count(stats.new_tokens, "new token"), speed(stats.decode_rate())),
             format!("first token after {:.1} ms", stats.first_token_seconds * 1e3),
         ];
+        if self.sampling.speculate {
+            let steps = count(stats.decode_steps, "step");
+            parts.insert(2, format!("{steps}, {} of {} drafts right", stats.accepted_drafts, stats.drafts));
+        }
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
         match (peak_memory_bytes(), self.engine.memory().gpu_used_bytes) {
             (Some(host), Some(gpu)) => {
@@ -64,6 +68,9 @@ impl Report<'_> {
             "first_token_seconds": stats.first_token_seconds,
             "prompt_tokens_per_second": stats.prefill_rate(),
             "decode_tokens_per_second": stats.decode_rate(),
+            "decode_steps": stats.decode_steps,
+            "drafts": stats.drafts,
+            "accepted_drafts": stats.accepted_drafts,
             "peak_memory_bytes": peak_memory_bytes(),
             "gpu_memory_bytes": self.engine.memory().gpu_used_bytes,
             "stop_reason": self.stop_word(),

@@ -31,6 +31,8 @@ pub(super) const HELP: &str = "  -n, --max-new-tokens N    tokens to make at mos
                             no run of N tokens twice (0 allows it)
       --stop TEXT           end before TEXT, which is not printed; may be given several times
       --ignore-eos          go on after the end of the text, for measuring
+      --speculate           draft from the text so far, verify several tokens a step: the same
+                            tokens, faster where a text repeats itself
       --template NAME       card (default for instruct models): the model card's dialogue; upstream:
                             the upstream repository's; none (default for others): the text as it is
 ";
@@ -56,6 +58,7 @@ impl SamplingFlags {
             }
             "--stop" => s.stop.push(args.text()?),
             "--ignore-eos" => s.ignore_eos = true,
+            "--speculate" => s.speculate = true,
             "--template" => self.template = Some(template(args)?),
             _ => return Ok(false),
         }

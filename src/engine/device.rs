@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::layout::HEAD_DIM;
 use crate::reference;
 use crate::sampler::{Sampled, Sampling};
+use crate::speculate::Tally;
 
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -91,7 +92,9 @@ impl Model {
 
     pub(super) fn timeline(&self, max_context: usize) -> Result<Timeline> {
         match self {
-            Model::Cpu(model) => Ok(Timeline::Cpu(CpuTimeline::new(Arc::clone(model), max_context)?)),
+            Model::Cpu(model) => {
+                Ok(Timeline::Cpu(Box::new(CpuTimeline::new(Arc::clone(model), max_context)?)))
+            }
             #[cfg(feature = "cuda")]
             Model::Cuda(model) => {
                 Ok(Timeline::Cuda(Box::new(CudaTimeline::new(Arc::clone(model), max_context)?)))
@@ -102,7 +105,7 @@ impl Model {
 
 /// One sequence on its device; see [`CpuTimeline`] for what the methods do.
 pub(super) enum Timeline {
-    Cpu(CpuTimeline),
+    Cpu(Box<CpuTimeline>),
     #[cfg(feature = "cuda")]
     Cuda(Box<CudaTimeline>),
 }
@@ -145,11 +148,11 @@ impl Timeline {
         }
     }
 
-    pub(super) fn begin(&mut self, sampling: &Sampling, history: &[u32]) -> Result<()> {
+    pub(super) fn begin(&mut self, sampling: &Sampling, stop_ids: &[u32], history: &[u32]) -> Result<()> {
         match self {
-            Timeline::Cpu(timeline) => timeline.begin(sampling, history),
+            Timeline::Cpu(timeline) => timeline.begin(sampling, stop_ids, history),
             #[cfg(feature = "cuda")]
-            Timeline::Cuda(timeline) => timeline.begin(sampling, history),
+            Timeline::Cuda(timeline) => timeline.begin(sampling, stop_ids, history),
         }
     }
 
@@ -158,6 +161,14 @@ impl Timeline {
             Timeline::Cpu(timeline) => timeline.next_token(),
             #[cfg(feature = "cuda")]
             Timeline::Cuda(timeline) => timeline.next_token(),
+        }
+    }
+
+    pub(super) fn tally(&self) -> Tally {
+        match self {
+            Timeline::Cpu(timeline) => timeline.tally(),
+            #[cfg(feature = "cuda")]
+            Timeline::Cuda(timeline) => timeline.tally(),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::session::Session;
 use crate::error::Result;
 use crate::sampler::Sampling;
+use crate::speculate::Tally;
 use crate::tokenizer::TextStream;
 
 /// One token of an answer.
@@ -49,6 +50,13 @@ pub struct GenerationStats {
     pub decode_seconds: f64,
     /// From the call to the first token: `prefill_seconds` and the tokenizer's time.
     pub first_token_seconds: f64,
+    /// Forward passes after the prompt's. Without [`Sampling::speculate`] each gives one token; with it, one and another
+    /// for every draft that was right.
+    pub decode_steps: usize,
+    /// Drafts in those passes.
+    pub drafts: usize,
+    /// Drafts that were right.
+    pub accepted_drafts: usize,
 }
 
 impl GenerationStats {
@@ -123,6 +131,9 @@ impl<'s> Generation<'s> {
         let sampled = self.session.timeline.next_token()?;
         self.session.tokens.push(sampled.id);
         self.stats.new_tokens += 1;
+        let Tally { steps, drafts, accepted } = self.session.timeline.tally();
+        self.stats.decode_steps = steps.saturating_sub(1);
+        (self.stats.drafts, self.stats.accepted_drafts) = (drafts, accepted);
         if self.stats.new_tokens == 1 {
             self.stats.prefill_seconds = self.prefill_started.elapsed().as_secs_f64();
             self.stats.first_token_seconds = self.started.elapsed().as_secs_f64();
@@ -136,7 +147,7 @@ impl<'s> Generation<'s> {
     /// The text `id` makes printable; decides whether it is the last.
     fn text_of(&mut self, id: u32) -> String {
         let mut text = String::new();
-        let ends_text = self.session.engine.ends_text(id);
+        let ends_text = self.session.engine.stop_ids().contains(&id);
         if ends_text && !self.ignore_eos {
             self.stop_reason = Some(StopReason::EndOfText);
         } else if let Some(bytes) = self.session.engine.tokenizer().ok().and_then(|t| t.token_bytes(id)) {

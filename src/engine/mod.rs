@@ -6,11 +6,13 @@
 //! device     the model and its timelines on the CPU or the GPU, behind one set of methods
 //! session    Session: the tokens so far, what of them is in the KV cache, prompts and logits
 //! generation Generation: one token after the other, when to stop, how fast it was
+//! batch      Batch: several texts answered together, in token ids
 //! ```
 //!
 //! An engine never changes and is cheap to clone; its sessions share the weights. A session is used by one thread
 //! at a time. Nothing here names a kernel or does arithmetic.
 
+mod batch;
 mod device;
 mod generation;
 mod session;
@@ -24,9 +26,13 @@ use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::tokenizer::Tokenizer;
 
+pub use batch::Batch;
 pub use device::Device;
 pub use generation::{Generation, GenerationStats, StopReason, Token};
 pub use session::Session;
+
+/// Most texts of a [`Batch`].
+const MOST_SLOTS: usize = 64;
 
 /// How a model is loaded. The default: on a GPU if one can be used, else on the CPU, silently.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,6 +71,7 @@ pub struct Engine {
 struct Inner {
     checkpoint: Arc<Checkpoint>,
     tokenizer: Result<Tokenizer>,
+    stop_ids: Vec<u32>,
     model: device::Model,
     device_name: String,
     fallback_reason: Option<String>,
@@ -97,7 +104,15 @@ impl Engine {
         let tokenizer = checkpoint.tokenizer_json().and_then(|bytes| Tokenizer::from_json(bytes, &file));
         let (model, fallback_reason) = device::Model::load(&checkpoint, options)?;
         let device_name = model.device_name();
-        Ok(Engine { inner: Arc::new(Inner { checkpoint, tokenizer, model, device_name, fallback_reason }) })
+        // The checkpoint's own come first: a GPU knows the first sixteen.
+        let mut stop_ids = checkpoint.config().eos_ids.clone();
+        if let Ok(tokenizer) = &tokenizer {
+            let special = (0..tokenizer.vocab_size() as u32).filter(|&id| tokenizer.is_special(id));
+            let others: Vec<u32> = special.filter(|id| !stop_ids.contains(id)).collect();
+            stop_ids.extend(others);
+        }
+        let inner = Inner { checkpoint, tokenizer, stop_ids, model, device_name, fallback_reason };
+        Ok(Engine { inner: Arc::new(inner) })
     }
 
     /// The model's shape.
@@ -144,6 +159,23 @@ impl Engine {
     /// [`Error::Usage`] if `max_context` is 0 or more than the model's positions; [`Error::OutOfGpuMemory`] if the
     /// KV cache does not fit.
     pub fn session(&self, options: SessionOptions) -> Result<Session> {
+        let max_context = self.max_context(options)?;
+        Ok(Session::new(self.clone(), self.inner.model.timeline(max_context)?, max_context))
+    }
+
+    /// Room for `slots` texts (1 to 64) that are answered together, each with a context of its own.
+    ///
+    /// # Errors
+    /// As [`Engine::session`]; [`Error::Usage`] if `slots` is out of range.
+    pub fn batch(&self, slots: usize, options: SessionOptions) -> Result<Batch> {
+        let max_context = self.max_context(options)?;
+        if slots == 0 || slots > MOST_SLOTS {
+            return Err(Error::Usage(format!("a batch of {slots} texts: wanted 1 to {MOST_SLOTS}")));
+        }
+        Batch::new(self.clone(), &self.inner.model, slots, max_context)
+    }
+
+    fn max_context(&self, options: SessionOptions) -> Result<usize> {
         let positions = self.config().max_positions;
         let max_context = options.max_context.unwrap_or(positions);
         if max_context == 0 || max_context > positions {
@@ -151,12 +183,12 @@ impl Engine {
                 "a context of {max_context} tokens: wanted 1 to {positions}, the positions the model was trained for"
             )));
         }
-        Ok(Session::new(self.clone(), self.inner.model.timeline(max_context)?, max_context))
+        Ok(max_context)
     }
 
-    /// Whether `id` ends a text: `<|endoftext|>`, the checkpoint's own end ids, and the tokenizer's other special
-    /// tokens, which no Falcon answer contains.
-    fn ends_text(&self, id: u32) -> bool {
-        self.config().eos_ids.contains(&id) || self.inner.tokenizer.as_ref().is_ok_and(|t| t.is_special(id))
+    /// Ids that end a text: `<|endoftext|>`, the checkpoint's own end ids, and the tokenizer's other special tokens,
+    /// which no Falcon answer contains.
+    fn stop_ids(&self) -> &[u32] {
+        &self.inner.stop_ids
     }
 }

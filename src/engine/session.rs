@@ -127,7 +127,8 @@ impl Session {
         uncached.extend_from_slice(ids);
         self.timeline.prefill(&uncached)?;
         self.tokens.extend_from_slice(ids);
-        self.timeline.begin(sampling, &self.tokens)?;
+        let stop_ids = if sampling.ignore_eos { &[][..] } else { self.engine.stop_ids() };
+        self.timeline.begin(sampling, stop_ids, &self.tokens)?;
         Ok(Generation::new(self, ids.len(), sampling, started, prefill_started))
     }
 

@@ -157,62 +157,147 @@ fn pinned<T: DeviceRepr>(gpu: &Gpu, elems: usize) -> Result<PinnedHostSlice<T>> 
     })
 }
 
-/// Words of a `SampledToken`: id, log probability, fault, step.
-const TOKEN_WORDS: usize = 4;
+/// Words of a `SampledToken`: id, log probability, fault, emitted, drafts, step.
+const TOKEN_WORDS: usize = 6;
 
-/// A ring of `SampledToken` in pinned host memory: the sampler kernel writes, the host reads without a copy.
-pub struct MappedTokens {
-    words: PinnedHostSlice<u32>,
-    capacity: usize,
+/// A token that has arrived from the GPU.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Arrival {
+    /// The token.
+    pub sampled: Sampled,
+    /// Its place in its step: 0 for a step's first, then one more for each draft that was right.
+    pub row: usize,
+    /// Drafts of its step.
+    pub drafts: usize,
 }
 
+/// Rings of `SampledToken` in pinned host memory, one a slot: the sampler kernel writes, the host reads without a copy.
+pub struct MappedTokens {
+    /// Of `_words`, whose own accessors wait for an event, which a stream that is being captured cannot.
+    base: *mut u32,
+    slots: usize,
+    capacity: usize,
+    _words: PinnedHostSlice<u32>,
+}
+
+// SAFETY: `base` points into `_words`, which is `Send` and moves along; the memory itself stays where it is.
+#[allow(unsafe_code)]
+unsafe impl Send for MappedTokens {}
+
 impl MappedTokens {
-    /// Room for `capacity` tokens.
-    pub fn new(gpu: &Gpu, capacity: usize) -> Result<MappedTokens> {
-        let mut words: PinnedHostSlice<u32> = pinned(gpu, capacity * TOKEN_WORDS)?;
+    /// Room for `capacity` tokens a slot.
+    pub fn new(gpu: &Gpu, slots: usize, capacity: usize) -> Result<MappedTokens> {
+        let mut words: PinnedHostSlice<u32> = pinned(gpu, slots * capacity * TOKEN_WORDS)?;
         words.as_mut_slice().map_err(|e| driver_error("tokens", e))?.fill(0);
-        Ok(MappedTokens { words, capacity })
+        let base = words.as_mut_ptr().map_err(|e| driver_error("tokens", e))?;
+        Ok(MappedTokens { base, slots, capacity, _words: words })
     }
 
-    /// Tokens it has room for.
+    /// Tokens a slot has room for.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    pub(super) fn ptr_mut(&mut self) -> Result<*mut u32> {
-        self.words.as_mut_ptr().map_err(|e| driver_error("tokens", e))
+    /// Refuses a slot that is not there.
+    fn first_word(&self, slot: usize) -> Result<usize> {
+        if slot < self.slots {
+            return Ok(slot * self.capacity * TOKEN_WORDS);
+        }
+        Err(Error::Cuda { op: "tokens".into(), what: format!("slot {slot} of {}", self.slots) })
     }
 
-    /// The token of `step` (from 1). The caller has waited for an event behind the `sample` launch of that step.
-    ///
-    /// # Errors
-    /// [`Error::Cuda`] if the logits were not all numbers, or the step's token is not there.
-    #[allow(unsafe_code)]
-    pub fn read(&self, step: u32) -> Result<Sampled> {
-        let at = (step as usize - 1) % self.capacity * TOKEN_WORDS;
-        let base = self.words.as_ptr().map_err(|e| driver_error("tokens", e))?;
-        let word = |i: usize| {
-            // SAFETY: `at + i` < capacity * TOKEN_WORDS by the modulo above, the length the words were allocated with.
-            let address = unsafe { base.add(at + i) };
-            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
-            unsafe { address.read_volatile() }
+    pub(super) fn slot_mut(&mut self, slot: usize) -> Result<*mut u32> {
+        Ok(self.base.wrapping_add(self.first_word(slot)?))
+    }
+
+    /// The tokens of one step of a slot, of which token `first` (from 1) of the generation is the first; none if the slot was done
+    /// before. The caller has waited for an event behind the `sample` of that step.
+    pub fn arrived(&self, slot: usize, first: usize) -> impl Iterator<Item = Result<Arrival>> + '_ {
+        let count = self.words(slot, first).map_or(1, |words| words.map_or(0, |words| words[3] as usize));
+        (0..count.min(self.capacity)).filter_map(move |row| self.read(slot, first, row).transpose())
+    }
+
+    /// Token `first + row` of the generation.
+    fn read(&self, slot: usize, first: usize, row: usize) -> Result<Option<Arrival>> {
+        let Some([id, logprob, fault, _, drafts, _]) = self.words(slot, first + row)? else {
+            return Ok(None);
         };
-        if word(3) != step {
+        if fault > 0 {
             return Err(Error::Cuda {
-                op: "sample".into(),
-                what: format!("token of step {step} is missing"),
-            });
-        }
-        match word(2) {
-            0 => Ok(Sampled { id: word(0), logprob: f32::from_bits(word(1)) }),
-            fault => Err(Error::Cuda {
                 op: "sample".into(),
                 what: format!(
                     "the logit of token {} is not a finite number: damaged weights or an overflow",
                     fault - 1
                 ),
-            }),
+            });
         }
+        let sampled = Sampled { id, logprob: f32::from_bits(logprob) };
+        Ok(Some(Arrival { sampled, row, drafts: drafts as usize }))
+    }
+
+    /// The words of token `step` (from 1), if it is there.
+    #[allow(unsafe_code)]
+    fn words(&self, slot: usize, step: usize) -> Result<Option<[u32; TOKEN_WORDS]>> {
+        let at = self.first_word(slot)? + step.wrapping_sub(1) % self.capacity * TOKEN_WORDS;
+        let words: [u32; TOKEN_WORDS] = std::array::from_fn(|i| {
+            // SAFETY: `at + i` < slots * capacity * TOKEN_WORDS, the length of `_words`, by `first_word` and the modulo.
+            let address = unsafe { self.base.add(at + i) };
+            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
+            unsafe { address.read_volatile() }
+        });
+        Ok((step > 0 && words[5] as usize == step).then_some(words))
+    }
+}
+
+/// What a block of `decode_step` waited for in vain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepFault {
+    /// 1 + what was waited for, see `DecodeFault` in `cuda/kernels.h`.
+    pub fault: u32,
+    /// Of the model.
+    pub layer: u32,
+    /// Of the kernel.
+    pub block: u32,
+}
+
+/// Words of a `DecodeFault`.
+const FAULT_WORDS: usize = 3;
+
+/// A `DecodeFault` in pinned host memory: `decode_step` writes it before it gives up, and it can be read when the GPU is lost.
+pub struct MappedFault {
+    /// Of `_words`; see [`MappedTokens`].
+    base: *mut u32,
+    _words: PinnedHostSlice<u32>,
+}
+
+// SAFETY: as of `MappedTokens`.
+#[allow(unsafe_code)]
+unsafe impl Send for MappedFault {}
+
+impl MappedFault {
+    /// No fault.
+    pub fn new(gpu: &Gpu) -> Result<MappedFault> {
+        let mut words: PinnedHostSlice<u32> = pinned(gpu, FAULT_WORDS)?;
+        words.as_mut_slice().map_err(|e| driver_error("decode fault", e))?.fill(0);
+        let base = words.as_mut_ptr().map_err(|e| driver_error("decode fault", e))?;
+        Ok(MappedFault { base, _words: words })
+    }
+
+    pub(super) fn ptr_mut(&mut self) -> *mut u32 {
+        self.base
+    }
+
+    /// The fault, if there was one.
+    #[must_use]
+    #[allow(unsafe_code)]
+    pub fn get(&self) -> Option<StepFault> {
+        let [fault, layer, block] = std::array::from_fn(|i| {
+            // SAFETY: `i` < FAULT_WORDS = 3, the length of `_words`.
+            let address = unsafe { self.base.add(i) };
+            // SAFETY: aligned and in bounds as above; volatile, since the GPU writes this memory behind the compiler's back.
+            unsafe { address.read_volatile() }
+        });
+        (fault > 0).then_some(StepFault { fault, layer, block })
     }
 }

@@ -3,13 +3,14 @@
 //! The driver is loaded at run time: without it, [`Gpu::open`] says so in one line and nothing else of this module can be
 //! reached. cudarc's own entry points panic when libcuda is missing, so its presence is asked for first.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use cudarc::driver::sys::{
     CUdevice_attribute, CUevent_flags, CUresult, cuDriverGetVersion, is_culib_present,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
+use super::ffi;
 use crate::error::{Error, Result};
 
 /// The oldest GPU there are kernels for (Ampere), as major * 10 + minor.
@@ -31,6 +32,9 @@ pub(super) fn driver_error(op: &str, error: DriverError) -> Error {
         code => Error::Cuda { op: op.into(), what: format!("the CUDA driver said {code:?}") },
     }
 }
+
+/// The stream of the models of each GPU, by its number: see [`Gpu::shared_stream`].
+static SHARED_STREAMS: Mutex<Vec<(usize, Weak<CudaStream>)>> = Mutex::new(Vec::new());
 
 /// An opened GPU.
 #[derive(Clone)]
@@ -91,8 +95,9 @@ impl Gpu {
                 "{name} is sm_{capability}: the kernels need sm_{MIN_CAPABILITY} (Ampere) or newer; use --device cpu"
             )));
         }
-        // SAFETY: every buffer is used on the stream it was allocated on, or after that stream was synchronised
-        // (`CudaModel::load` ends with `Stream::synchronize`; a timeline synchronises its stream before it is dropped).
+        // SAFETY: every buffer is used on the stream it was allocated on: all of a model's are of one stream
+        // (`Gpu::shared_stream`), and what is captured on another (`StepGraph::capture`) runs on that one. What is not freed in
+        // stream order, pinned memory, is dropped after the stream was synchronised (`Sequences::drop`).
         unsafe { context.disable_event_tracking() };
         Ok(Gpu { context, name, capability })
     }
@@ -110,6 +115,23 @@ impl Gpu {
         Ok((free as u64, total as u64))
     }
 
+    /// Blocks `decode_step` takes on this GPU, one a multiprocessor; 0 where it cannot run.
+    #[allow(unsafe_code)]
+    pub(super) fn decode_step_blocks(&self, has_zeros: bool) -> Result<usize> {
+        // The kernel is compiled for sm_90 alone.
+        if !cfg!(peregrine_sm90) || self.capability != OVERLAP_CAPABILITY {
+            return Ok(0);
+        }
+        self.context.bind_to_thread().map_err(|e| driver_error("using the GPU from this thread", e))?;
+        let mut blocks = 0;
+        // SAFETY: `blocks` is one u32, which is all the call writes.
+        let code = unsafe { ffi::decode_step_blocks(u32::from(has_zeros), &raw mut blocks) };
+        if code == 0 {
+            return Ok(blocks as usize);
+        }
+        Err(Error::Cuda { op: "decode_step".into(), what: format!("preparing it failed ({code})") })
+    }
+
     /// Streaming multiprocessors: 132 on an H200.
     pub fn multiprocessors(&self) -> Result<usize> {
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
@@ -120,13 +142,31 @@ impl Gpu {
 
     /// A new stream. Its kernels may overlap with their predecessors where the GPU can do that.
     pub fn stream(&self) -> Result<Stream> {
-        let inner = self.context.new_stream().map_err(|e| driver_error("making a stream", e))?;
+        Ok(self.stream_of(self.context.new_stream().map_err(|e| driver_error("making a stream", e))?))
+    }
+
+    /// The stream of all models on this GPU. Two persistent kernels on two streams could each hold a part of the multiprocessors and
+    /// wait for the rest for ever; on one stream they run one after the other. (Those of two processes never run at once.)
+    pub fn shared_stream(&self) -> Result<Stream> {
+        let ordinal = self.context.ordinal();
+        let mut streams = SHARED_STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
+        streams.retain(|(_, stream)| stream.strong_count() > 0);
+        let known = streams.iter().find(|(of, _)| *of == ordinal).and_then(|(_, stream)| stream.upgrade());
+        if let Some(inner) = known {
+            return Ok(self.stream_of(inner));
+        }
+        let stream = self.stream()?;
+        streams.push((ordinal, Arc::downgrade(&stream.inner)));
+        Ok(stream)
+    }
+
+    fn stream_of(&self, inner: Arc<CudaStream>) -> Stream {
         let debug = crate::trace::switches();
-        Ok(Stream {
+        Stream {
             inner,
             overlap: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY && !debug.sync,
             sync: debug.sync,
-        })
+        }
     }
 }
 
@@ -137,6 +177,14 @@ pub struct Stream {
     pub(super) overlap: bool,
     /// `PEREGRINE_SYNC=1`: wait after every launch, so that a fault names its op.
     pub(super) sync: bool,
+}
+
+impl Stream {
+    /// One more stream of the same GPU and kind.
+    pub(super) fn another(&self) -> Result<Stream> {
+        let inner = self.inner.context().new_stream().map_err(|e| driver_error("making a stream", e))?;
+        Ok(Stream { inner, overlap: self.overlap, sync: self.sync })
+    }
 }
 
 /// A point in a stream that can be waited for.

@@ -10,6 +10,6 @@ mod ffi;
 pub mod graph;
 pub mod ops;
 
-pub use buffer::{DevBuf, MappedTokens, Staging};
+pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault};
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;

@@ -58,6 +58,25 @@ fn json_lines_parse_and_agree_with_the_text() {
 }
 
 #[test]
+fn speculation_says_the_same_in_fewer_steps() {
+    let song = "The fox said no. The crow said no. The fox said yes. The crow said yes. The fox said";
+    let run = |args: &[&str]| {
+        let outcome = generate(&[&["--json", "-p", song, "-n", "40"], args].concat());
+        let mut lines: Vec<serde_json::Value> =
+            outcome.out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        (lines.pop().unwrap(), lines)
+    };
+    let ((plain, tokens), (speculated, same)) = (run(&[]), run(&["--speculate"]));
+    assert_eq!(tokens, same);
+    assert_eq!((&plain["decode_steps"], &plain["drafts"]), (&39.into(), &0.into()));
+    let count = |key: &str| speculated[key].as_u64().unwrap();
+    assert_eq!(count("decode_steps") + count("accepted_drafts"), 39);
+    assert!(count("decode_steps") < 20 && count("drafts") >= count("accepted_drafts"), "{speculated}");
+    let line = generate(&["-p", song, "-n", "40", "--speculate"]).err;
+    assert!(line.contains(" steps, ") && line.contains(" drafts right"), "{line}");
+}
+
+#[test]
 fn the_prompt_may_come_from_anywhere() {
     let prompt = "Once upon a time there was a\nfox";
     let expected = generate(&["-q", "-p", prompt, "-n", "8"]).out;

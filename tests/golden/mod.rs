@@ -6,11 +6,12 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 #![allow(missing_docs, clippy::expect_used, clippy::panic, reason = "a test's helper fails by panicking")]
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use peregrine::Result;
 use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
 use peregrine::sampler::Sampling;
+use peregrine::{Error, Result};
 use safetensors::SafeTensors;
 
 /// The prompts of every golden file.
@@ -33,6 +34,23 @@ pub fn model_path(set: &str) -> String {
 
 pub fn load(set: &str, device: Device) -> Result<Engine> {
     Engine::load(&model_path(set), &LoadOptions { device, progress: None })
+}
+
+/// What was loaded; `None`, said loudly, when there is no GPU.
+pub fn unless_no_gpu<T>(loaded: Result<T>) -> Option<T> {
+    match loaded {
+        Ok(loaded) => Some(loaded),
+        Err(Error::NoGpu(reason)) => {
+            let required = std::env::var("PEREGRINE_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(!required, "PEREGRINE_REQUIRE_GPU=1, but {reason}");
+            // Not eprintln!, which the test harness hides when a test passes.
+            let test = std::thread::current().name().unwrap_or_default().to_owned();
+            let line = format!("SKIPPED {test}: {reason}; PEREGRINE_REQUIRE_GPU=1 makes this a failure\n");
+            std::io::stderr().write_all(line.as_bytes()).expect("stderr");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
 }
 
 /// What was computed for one prompt of n tokens.
@@ -115,11 +133,16 @@ pub fn worst(got: &[f32], want: &[f32]) -> f32 {
 /// Compares all that the goldens say of logits with `engine`'s, by prefill or token by token, and asserts
 /// `tolerance`.
 pub fn check_logits(engine: &Engine, set: &str, token_by_token: bool, tolerance: f32) {
-    let vocab = engine.config().vocab_size;
     let how = if token_by_token { "token by token" } else { "prefill" };
+    check_logits_of(set, how, tolerance, |ids| logits(engine, ids, token_by_token));
+}
+
+/// The same of the logits [n, vocab] that `logits` gives for n ids.
+pub fn check_logits_of(set: &str, how: &str, tolerance: f32, logits: impl Fn(&[u32]) -> Vec<f32>) {
     let mut failed = Vec::new();
     for golden in goldens(set) {
-        let all = logits(engine, &golden.ids, token_by_token);
+        let all = logits(&golden.ids);
+        let vocab = golden.last_logits.len();
         let last = worst(&all[all.len() - vocab..], &golden.last_logits);
         let tops = all.chunks_exact(vocab).zip(golden.top_ids.chunks_exact(20));
         let got: Vec<f32> = tops.flat_map(|(row, ids)| ids.iter().map(|&id| row[id as usize])).collect();

@@ -37,7 +37,7 @@ impl LayerCache {
         })
     }
 
-    fn require(&self, op: &str) -> Result<()> {
+    pub(super) fn require(&self, op: &str) -> Result<()> {
         let values = self.slots * self.max_context * HEAD_DIM;
         self.k.require(op, values)?;
         self.v.require(op, values)
@@ -91,6 +91,17 @@ impl AttnScratch {
             heads,
         })
     }
+
+    /// Refuses one that is too small for a call of `tokens` tokens.
+    pub(super) fn require(&self, op: &str, heads: usize, max_context: usize, tokens: usize) -> Result<()> {
+        let groups = tokens * heads.div_ceil(UNIT_ROWS);
+        self.partials.require(op, groups * max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS)?;
+        self.arrivals.require(op, groups)
+    }
+
+    pub(super) fn ptrs(&mut self, stream: &Stream) -> (*mut f32, *mut u32) {
+        (self.partials.ptr_mut(stream), self.arrivals.ptr_mut(stream))
+    }
 }
 
 /// Attention's output: `heads * 64` f16 values a token, from `first` on, `stride` apart.
@@ -131,9 +142,8 @@ pub fn attn_decode(
     qkv.require(op, m * (heads + 2) * HEAD_DIM)?;
     cache.require(op)?;
     table.require(op, cache.max_context * HEAD_DIM)?;
-    let groups = m * heads.div_ceil(UNIT_ROWS);
-    scratch.partials.require(op, groups * cache.max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS)?;
-    scratch.arrivals.require(op, groups)?;
+    scratch.require(op, heads, cache.max_context, m)?;
+    let (partials, arrivals) = scratch.ptrs(stream);
     let params = ffi::AttnDecodeParams {
         qkv: qkv.ptr(stream),
         k_cache: cache.k.ptr_mut(stream),
@@ -142,8 +152,8 @@ pub fn attn_decode(
         token: tokens.ptr(op, stream)?,
         out_stride: u32_of(op, output.stride)?,
         out: output.ptr(op, stream, m, heads)?,
-        partials: scratch.partials.ptr_mut(stream),
-        arrivals: scratch.arrivals.ptr_mut(stream),
+        partials,
+        arrivals,
         tokens: u32_of(op, m)?,
         heads: u32_of(op, heads)?,
         slots: u32_of(op, cache.slots)?,

@@ -3,10 +3,12 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
-//! `attention`: rope, attn_decode, attn_prefill. `step`: the tokens of a call. `sampling`: start, sample. `probe`: unpack_check, stream_read.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
+//! start, sample. `probe`: unpack_check, stream_read.
 
 mod attention;
+mod decode_step;
 mod probe;
 mod product;
 mod rows;
@@ -21,21 +23,24 @@ use super::ffi;
 use crate::error::{Error, Result};
 
 pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefill, rope};
+pub use decode_step::{
+    DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
+};
 pub use probe::{stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
-pub use sampling::{SamplerState, sample, start};
-pub use step::{STEP_HEADER_WORDS, STEP_TOKEN_WORDS, StepTokens, step_token_words};
+pub use sampling::{SamplerShape, SamplerState, sample, start, stop};
+pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
 pub use table::{Table, embed, head, table_repack};
 
-/// Most tokens of a `gptq_gemv` or `head` call.
+/// Most tokens of a `gptq_gemv` or `decode_step` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
+/// Most tokens of a `gptq_batch` or `head` call.
+pub const BATCH_TOKENS: usize = ffi::PEREGRINE_BATCH_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
-/// Words of the decode state: a `Step` with one token, step, length of the history.
-pub const STATE_WORDS: usize = 10;
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)

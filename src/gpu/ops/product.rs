@@ -1,4 +1,4 @@
-//! Quantised products, and making their weights: `gptq_gemv`, `gptq_gemm`, `gptq_repack`.
+//! Quantised products, and making their weights: `gptq_gemv`, `gptq_batch`, `gptq_gemm`, `gptq_repack`.
 
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
@@ -72,6 +72,8 @@ pub enum MatmulOutput<'a> {
 pub enum MatmulKernel {
     /// `gptq_gemv`: at most [`GEMV_TOKENS`](super::GEMV_TOKENS) tokens, at the speed of memory.
     Gemv,
+    /// `gptq_batch`: at most [`BATCH_TOKENS`](super::BATCH_TOKENS) tokens, near the speed of memory.
+    Batch,
     /// `gptq_gemm`: any number.
     Gemm,
 }
@@ -87,7 +89,7 @@ pub struct Activations<'a> {
     pub tokens: usize,
 }
 
-/// `gptq_gemv` / `gptq_gemm`: `y[m, row] = sum_k x[m, k] W[row, k]` for rows `rows` of `w` (multiples of 16).
+/// `gptq_gemv` / `gptq_batch` / `gptq_gemm`: `y[m, row] = sum_k x[m, k] W[row, k]` for rows `rows` of `w` (multiples of 16).
 #[allow(unsafe_code)]
 pub fn gptq_matmul(
     stream: &Stream,
@@ -100,6 +102,7 @@ pub fn gptq_matmul(
 ) -> Result<()> {
     let op = match kernel {
         MatmulKernel::Gemv => "gptq_gemv",
+        MatmulKernel::Batch => "gptq_batch",
         MatmulKernel::Gemm => "gptq_gemm",
     };
     let unit_bytes = Int4Matrix::unit_bytes(w.scales_per_row, w.has_zeros);
@@ -167,6 +170,7 @@ pub fn gptq_matmul(
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
+        MatmulKernel::Batch => call!(gptq_batch, stream, params),
         MatmulKernel::Gemm => call!(gptq_gemm, stream, params),
     }
 }

@@ -3,13 +3,15 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::u32_of;
+use super::{STEP_TOKENS, u32_of};
 use crate::error::Result;
 
 /// Words of a `StepToken`: id, position, slot, and the index in the call of its slot's first token.
 pub const STEP_TOKEN_WORDS: usize = 4;
 /// Words in front of the first token of a `Step`, which the sampler leaves: the number of tokens, and three reserved.
-pub const STEP_HEADER_WORDS: usize = 4;
+pub const STEP_FIRST: usize = 4;
+/// Words of a `Step`.
+pub(super) const STEP_WORDS: usize = STEP_FIRST + STEP_TOKENS * STEP_TOKEN_WORDS;
 
 /// Tokens on the GPU: `count` times [`STEP_TOKEN_WORDS`] words of `words`, from word `first` on. Tokens of one slot follow each
 /// other, at following positions.
@@ -33,7 +35,7 @@ impl<'a> StepTokens<'a> {
     /// The tokens of a `Step`.
     #[must_use]
     pub fn step(words: &'a DevBuf<u32>, count: usize) -> StepTokens<'a> {
-        StepTokens { words, first: STEP_HEADER_WORDS, count }
+        StepTokens { words, first: STEP_FIRST, count }
     }
 
     pub(super) fn ptr(self, op: &str, stream: &Stream) -> Result<*const ffi::StepToken> {

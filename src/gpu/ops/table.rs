@@ -34,7 +34,8 @@ pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut Dev
     call!(embed, stream, params)
 }
 
-/// `head`: logits `[tokens, vocab]` f32 of rows `first ..` of `x [.., hidden]`, at most [`GEMV_TOKENS`](super::GEMV_TOKENS) tokens.
+/// `head`: logits `[.., vocab]` f32, from row `row` on, of rows `first ..` of `x [.., hidden]`, at most
+/// [`BATCH_TOKENS`](super::BATCH_TOKENS) tokens.
 #[allow(unsafe_code)]
 pub fn head(
     stream: &Stream,
@@ -43,15 +44,16 @@ pub fn head(
     first: usize,
     tokens: usize,
     logits: &mut DevBuf<f32>,
+    row: usize,
 ) -> Result<()> {
     let op = "head";
     table.units.require(op, table.vocab * table.hidden)?;
     x.require(op, (first + tokens) * table.hidden)?;
-    logits.require(op, tokens * table.vocab)?;
+    logits.require(op, (row + tokens) * table.vocab)?;
     let params = ffi::HeadParams {
         units: table.units.ptr(stream),
         x: x.ptr(stream).wrapping_add(first * table.hidden),
-        logits: logits.ptr_mut(stream),
+        logits: logits.ptr_mut(stream).wrapping_add(row * table.vocab),
         tokens: u32_of(op, tokens)?,
         hidden: u32_of(op, table.hidden)?,
         vocab: u32_of(op, table.vocab)?,

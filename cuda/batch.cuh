@@ -1,0 +1,430 @@
+// batch — the loop of gptq_batch and of head beyond 8 tokens: 9 to 64 tokens times a matrix in units, each weight byte read once.
+//
+// A block multiplies row tiles, one a warp at a time, by all tokens, in stages along the inputs: the row tiles' units and the tokens'
+// activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others
+// multiply and wait only for the stage they need. Weights are the A operand, from registers. On sm_90a the four warps of a warpgroup
+// share wgmma.m64nTOKENSk16, which reads the activations from shared memory once for 64 rows; elsewhere each warp loads them by
+// ldmatrix for mma.sync. The accumulators have the same place in both.
+//
+// Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), which is both wgmma's 128-byte swizzle
+//          and free of ldmatrix bank conflicts; then [row tile][unit]. Each stage has a barrier for full and one for empty.
+#pragma once
+#include "launch.cuh"
+#include "units.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PEREGRINE_WGMMA 1
+#else
+#define PEREGRINE_WGMMA 0
+#endif
+
+constexpr int BATCH_WARPS = 12;                        // that multiply: three warpgroups
+constexpr int BATCH_THREADS = (BATCH_WARPS + 2) * 32;  // and one warp that fetches weights, one activations
+constexpr int TOKEN_BYTES = UNIT_INPUTS * 2;           // of a unit's inputs
+
+// What a block multiplies: row tiles tile0 .. tile1, inputs of units unit0 .. unit0 + count.
+struct BatchSpan {
+    const uint8_t* units;
+    const uint16_t* x;
+    uint32_t k_units, x_stride, tokens;
+    uint32_t unit0, count, tile0, tile1;
+};
+
+template <class Weights_, int TOKENS_, int UNITS_, bool PASSES_>
+struct BatchShape {
+    using Weights = Weights_;
+    static constexpr int TOKENS = TOKENS_;
+    static constexpr int UNITS = UNITS_;     // of a stage
+    static constexpr bool PASSES = PASSES_;  // a block may have more row tiles than its warps hold at a time
+    static constexpr bool TWO_CHAINS = !PASSES && Weights::RUNS == 1 && TOKENS <= 32 && UNITS % 2 == 0;
+    static constexpr int X_BYTES = UNITS * TOKENS * TOKEN_BYTES;
+    static constexpr int TILE_BYTES = UNITS * Weights::BYTES;
+    static constexpr int STAGE_BYTES = (X_BYTES + BATCH_WARPS * TILE_BYTES + 1023) / 1024 * 1024;
+};
+
+// A barrier in shared memory: one that is passed when all its arrivals are in, again and again; `parity` counts the times.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+}
+// Arrives when this thread's copies so far are there.
+__device__ __forceinline__ void barrier_arrive_copies(uint32_t barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    uint32_t passed;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+#else
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                     : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+#endif
+    } while (!passed);
+}
+
+// A place in the ring of STAGES stages that begins at shared address 0 of the ring, and the barriers behind it.
+template <class Shape, int STAGES>
+struct RingPlace {
+    static constexpr uint32_t BYTES = STAGES * Shape::STAGE_BYTES;
+    uint32_t at = 0, slot = 0, parity = 0;
+
+    __device__ __forceinline__ void advance() {
+        at += Shape::STAGE_BYTES;
+        if (++slot == STAGES) at = slot = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ uint32_t full(uint32_t ring) const { return ring + BYTES + slot * 16; }
+    __device__ __forceinline__ uint32_t empty(uint32_t ring) const { return ring + BYTES + slot * 16 + 8; }
+};
+template <class Shape, int STAGES>
+constexpr size_t ring_bytes = RingPlace<Shape, STAGES>::BYTES + STAGES * 16;
+
+// Stages that fit `shared` bytes.
+template <class Shape>
+constexpr int batch_stages(int shared) { return (shared - 256) / Shape::STAGE_BYTES < 12 ? (shared - 256) / Shape::STAGE_BYTES : 12; }
+constexpr int WIDE_SHARED = 216 * 1024;    // sm_90
+constexpr int NARROW_SHARED = 160 * 1024;  // sm_80
+
+// What a launcher asks of the device it is on.
+struct BatchDevice {
+    int multiprocessors = 0, shared = 0;
+
+    cudaError_t query() {
+        int device = 0;
+        cudaError_t e = cudaGetDevice(&device);
+        if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+        if (e == cudaSuccess) e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        return e;
+    }
+};
+
+// 4-bit units: codes become the exact f16 integers code - zero; a run is the inputs that share a scale.
+template <int SCALES, bool ZEROS>
+struct GptqUnits {
+    static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
+    static constexpr int RUNS = SCALES;
+    // This lane's part of a unit as it is stored.
+    struct Raw {
+        uint4 codes;
+        __half2 scale[SCALES], zero[SCALES];
+
+        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
+            codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
+            const uint8_t* q = unit + UNIT_CODE_BYTES + lane / 4 * 4;
+#pragma unroll
+            for (int h = 0; h < SCALES; h++) {
+                scale[h] = *reinterpret_cast<const __half2*>(q + h * UNIT_SCALE_BYTES);
+                zero[h] = ZEROS ? *reinterpret_cast<const __half2*>(q + (SCALES + h) * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
+            }
+        }
+    };
+    uint32_t a[STEPS][4];
+    __half2 scale[SCALES];
+
+    __device__ __forceinline__ void unpack(const Raw& raw) {
+        const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
+#pragma unroll
+        for (int h = 0; h < SCALES; h++) {
+            scale[h] = raw.scale[h];
+            const ExactBias bias(raw.zero[h]);
+#pragma unroll
+            for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], bias, a[s]);
+        }
+    }
+    __device__ __forceinline__ void add(float acc[4], const float chain[4], int run) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[e] = fmaf(e < 2 ? __low2float(scale[run]) : __high2float(scale[run]), chain[e], acc[e]);
+    }
+};
+
+// f16 units.
+struct TableUnits {
+    static constexpr int BYTES = TABLE_UNIT_BYTES;
+    static constexpr int RUNS = 1;
+    struct Raw {
+        uint4 v[STEPS];
+
+        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) v[s] = *reinterpret_cast<const uint4*>(unit + s * 512 + lane * 16);
+        }
+    };
+    uint32_t a[STEPS][4];
+
+    __device__ __forceinline__ void unpack(const Raw& raw) {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) a[s][0] = raw.v[s].x, a[s][1] = raw.v[s].y, a[s][2] = raw.v[s].z, a[s][3] = raw.v[s].w;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3]));
+    }
+    // A chain of one unit, then an f32 add: the tensor core's own adds truncate.
+    __device__ __forceinline__ void add(float acc[4], const float chain[4], int) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[e] += chain[e];
+    }
+};
+
+#if PEREGRINE_WGMMA
+// c[64 rows of the warpgroup x TOKENS] = (add ? c : 0) + a * b; b from shared memory, 128-byte swizzle.
+__device__ __forceinline__ void wgmma(float (&c)[2][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma(float (&c)[4][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+        "{%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma(float (&c)[8][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#endif
+
+// Starts chain = run `run` of the unit's inputs times the weights; `x` is the unit's activations in shared memory.
+template <class Weights, int TOKENS>
+__device__ __forceinline__ void start_chain(float (&chain)[TOKENS / 8][4], const Weights& w, uint32_t x, int run) {
+#if PEREGRINE_WGMMA
+    constexpr int RUN_STEPS = STEPS / Weights::RUNS;
+    // Start address, distance of the 8-token groups (1024 bytes), 128-byte swizzle; lengths in 16 bytes.
+    const uint64_t descriptor = (uint64_t)(x / 16) | (uint64_t)1 << 16 | (uint64_t)(1024 / 16) << 32 | (uint64_t)1 << 62;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s++) wgmma(chain, w.a[s], descriptor + s * 2, s > run * RUN_STEPS);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING chains are under way.
+template <int PENDING>
+__device__ __forceinline__ void wait_chains() {
+#if PEREGRINE_WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// acc += the chain that was started, scaled. After this the weights' registers may be reused.
+template <class Weights, int TOKENS, int PENDING = 0>
+__device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&chain)[TOKENS / 8][4], Weights& w, uint32_t x, int run) {
+#if PEREGRINE_WGMMA
+    wait_chains<PENDING>();
+    // The compiler does not know that the registers were in use until here.
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) asm volatile("" : "+f"(chain[n][e])::"memory");
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+        asm volatile("" : "+r"(w.a[s][0]), "+r"(w.a[s][1]), "+r"(w.a[s][2]), "+r"(w.a[s][3])::"memory");
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++) w.add(acc[n], chain[n], run);
+#else
+    constexpr int RUN_STEPS = STEPS / Weights::RUNS;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++) {
+        const uint32_t row = x + (n * 8 + lane % 8) * TOKEN_BYTES;
+        float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s += 2) {
+            uint32_t b[4];
+            ldmatrix(b, row + ((lane / 8 + s * 2) ^ (lane % 8)) * 16);
+            mma(c, w.a[s], b[0], b[1]);
+            mma(c, w.a[s + 1], b[2], b[3]);
+        }
+        w.add(acc[n], c, run);
+        if (Weights::RUNS == 2 && TOKENS == 64 && n % 3 == 2) __syncwarp();  // holds back loads, for want of registers
+    }
+#endif
+}
+
+// The warp that fetches the weights of all stages: nobody writes them, so it need not wait for the predecessor in the stream.
+template <class Shape, int STAGES>
+__device__ __forceinline__ void fetch_weights(const BatchSpan& s, uint32_t ring, uint32_t stages, uint32_t pass_tiles) {
+    constexpr int BYTES = Shape::Weights::BYTES, TILE_BYTES = Shape::TILE_BYTES;
+    const uint32_t lane = threadIdx.x % 32, tile_bytes = s.k_units * BYTES;
+    RingPlace<Shape, STAGES> place;
+    uint32_t asked = 0, tile = s.tile0, tiles = min(pass_tiles, s.tile1 - tile);  // units asked for in this pass; its row tiles
+    const uint8_t* w = s.units + (size_t)tile * tile_bytes + (size_t)s.unit0 * BYTES + lane * 16;
+    for (uint32_t j = 0; j < stages; j++) {
+        if (j >= STAGES) barrier_wait(place.empty(ring), place.parity ^ 1);
+        const int present = (int)min((uint32_t)Shape::UNITS, s.count - asked) * BYTES - (int)lane * 16;
+        uint32_t to = ring + place.at + Shape::X_BYTES + lane * 16;
+        const uint8_t* from = w;
+        for (uint32_t t = 0; t < tiles; t++) {
+#pragma unroll
+            for (int i = 0; i * 512 < TILE_BYTES; i++)
+                if ((i + 1) * 512 <= TILE_BYTES || i * 512 + lane * 16 < TILE_BYTES)
+                    cp_async(to + i * 512, from + i * 512, i * 512 < present);
+            to += TILE_BYTES;
+            from += tile_bytes;
+        }
+        barrier_arrive_copies(place.full(ring));
+        place.advance();
+        w += TILE_BYTES;
+        asked += Shape::UNITS;
+        if (Shape::PASSES && asked >= s.count) {
+            asked = 0;
+            tile += pass_tiles;
+            tiles = min(pass_tiles, s.tile1 - tile);
+            w = s.units + (size_t)tile * tile_bytes + (size_t)s.unit0 * BYTES + lane * 16;
+        }
+    }
+}
+
+// The warp that fetches the activations; zeros for tokens and inputs that are not there.
+template <class Shape, int STAGES>
+__device__ __forceinline__ void fetch_activations(const BatchSpan& s, uint32_t ring, uint32_t stages) {
+    constexpr int ROW_CHUNKS = Shape::UNITS * 8;  // of 16 bytes, of a token in a stage
+    constexpr int PARTS = ROW_CHUNKS / 8;         // 4 tokens x 8 chunks are one instruction
+    const uint32_t lane = threadIdx.x % 32, chunk = lane % 8;
+    RingPlace<Shape, STAGES> place;
+    uint32_t asked = 0;
+    const uint16_t* x = s.x + (size_t)(lane / 8) * s.x_stride + s.unit0 * UNIT_INPUTS + chunk * 8;
+    for (uint32_t j = 0; j < stages; j++) {
+        if (j >= STAGES) barrier_wait(place.empty(ring), place.parity ^ 1);
+        const uint16_t* from = x;
+#pragma unroll 4
+        for (uint32_t m = lane / 8; m < Shape::TOKENS; m += 4) {
+            const uint32_t to = ring + place.at + m * TOKEN_BYTES + (chunk ^ (m % 8)) * 16;
+#pragma unroll
+            for (int u = 0; u < PARTS; u++)
+                cp_async(to + u * Shape::TOKENS * TOKEN_BYTES, from + u * UNIT_INPUTS, m < s.tokens && asked + u < s.count);
+            from += 4 * s.x_stride;
+        }
+        barrier_arrive_copies(place.full(ring));
+        place.advance();
+        x += Shape::UNITS * UNIT_INPUTS;
+        asked += Shape::UNITS;
+        if (Shape::PASSES && asked >= s.count) {
+            x -= asked * UNIT_INPUTS;
+            asked = 0;
+        }
+    }
+}
+
+// Multiplies the span. finish(tile, end, acc) gets the sums of each pass, warp w those of row tile tile + w, if that is below end:
+// acc[n][0, 1] row lane / 4 and tokens 8 n + 2 (lane % 4), + 1; acc[n][2, 3] row lane / 4 + 8. With PASSES the warps that multiply call
+// it after each pass, otherwise all threads of the block, once.
+template <class Shape, int STAGES, class Finish>
+__device__ __forceinline__ void multiply_batch(const BatchSpan& s, Finish finish) {
+    using Weights = typename Shape::Weights;
+    constexpr int TOKENS = Shape::TOKENS, UNITS = Shape::UNITS, TILE_BYTES = Shape::TILE_BYTES;
+    constexpr int UNROLL = PEREGRINE_WGMMA ? UNITS : 1;
+    extern __shared__ __align__(1024) uint8_t smem[];
+    const uint32_t ring = smem_address(smem), lane = threadIdx.x % 32;
+    const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees that a warp has one
+    const uint32_t chunks = (s.count + UNITS - 1) / UNITS, tiles = s.tile1 - s.tile0;
+    const uint32_t passes = Shape::PASSES ? (tiles + BATCH_WARPS - 1) / BATCH_WARPS : 1;
+    const uint32_t pass_tiles = (tiles + passes - 1) / passes, stages = passes * chunks;
+
+    RingPlace<Shape, STAGES> place;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(place.full(ring) + i * 16, 2 * 32);
+            barrier_init(place.empty(ring) + i * 16, BATCH_WARPS);
+        }
+    }
+    __syncthreads();
+
+    float acc[TOKENS / 8][4] = {};
+    if (warp == BATCH_WARPS) {
+        fetch_weights<Shape, STAGES>(s, ring, stages, pass_tiles);
+        wait_previous();
+    } else if (warp > BATCH_WARPS) {
+        wait_previous();
+        fetch_activations<Shape, STAGES>(s, ring, stages);
+    } else {
+        wait_previous();
+        const uint8_t* mine = smem + Shape::X_BYTES + warp * TILE_BYTES;
+        const auto enter = [&] {
+            barrier_wait(place.full(ring), place.parity);
+            __syncwarp();
+#if PEREGRINE_WGMMA
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
+#endif
+        };
+        // With registers for two chains a warp starts the next unit of a stage before it waits for this one.
+        if constexpr (Shape::TWO_CHAINS && PEREGRINE_WGMMA) {
+            float chain[2][TOKENS / 8][4] = {};
+            Weights w[2];
+            typename Weights::Raw raw;
+            enter();
+            raw.load(mine, lane);
+            for (uint32_t j = 0; j < stages; j++) {
+                const RingPlace<Shape, STAGES> now = place;
+#pragma unroll
+                for (int u = 0; u < UNITS; u++) {
+                    w[u % 2].unpack(raw);
+                    start_chain<Weights, TOKENS>(chain[u % 2], w[u % 2], ring + now.at + u * TOKENS * TOKEN_BYTES, 0);
+                    if (u + 1 == UNITS) {
+                        place.advance();
+                        if (j + 1 < stages) enter();
+                    }
+                    raw.load(mine + (u + 1 < UNITS ? now.at : place.at) + (u + 1) % UNITS * Weights::BYTES, lane);
+                    if (u > 0) add_chain<Weights, TOKENS, 1>(acc, chain[(u + 1) % 2], w[(u + 1) % 2], 0, 0);
+                }
+                add_chain<Weights, TOKENS, 0>(acc, chain[(UNITS - 1) % 2], w[(UNITS - 1) % 2], 0, 0);
+                if (lane == 0) barrier_arrive(now.empty(ring));
+            }
+        } else {
+            float chain[TOKENS / 8][4] = {};
+            uint32_t chunk = 0, tile = s.tile0;
+            enter();
+            typename Weights::Raw raw;
+            raw.load(mine, lane);
+            for (uint32_t j = 0; j < stages; j++) {
+                const RingPlace<Shape, STAGES> now = place;
+                // Where the tensor core works on its own, while it is busy.
+                const auto load_next = [&](int u) {
+                    if (u == UNITS) {
+                        place.advance();
+                        if (j + 1 < stages) enter();
+                    }
+                    raw.load(mine + place.at + u % UNITS * Weights::BYTES, lane);
+                };
+#pragma unroll UNROLL
+                for (int u = 0; u < UNITS; u++) {
+                    Weights w;
+                    w.unpack(raw);
+#pragma unroll
+                    for (int run = 0; run < Weights::RUNS; run++) {
+                        const uint32_t unit_x = ring + now.at + u * TOKENS * TOKEN_BYTES;
+                        start_chain<Weights, TOKENS>(chain, w, unit_x, run);
+                        if (PEREGRINE_WGMMA && run == 0) load_next(u + 1);
+                        add_chain<Weights, TOKENS>(acc, chain, w, unit_x, run);
+                    }
+                    if (!PEREGRINE_WGMMA) load_next(u + 1);
+                }
+                if (lane == 0) barrier_arrive(now.empty(ring));
+                if (Shape::PASSES && ++chunk == chunks) {
+                    finish(tile, min(tile + pass_tiles, s.tile1), acc);
+#pragma unroll
+                    for (int n = 0; n < TOKENS / 8; n++)
+#pragma unroll
+                        for (int e = 0; e < 4; e++) acc[n][e] = 0.f;
+                    chunk = 0;
+                    tile += pass_tiles;
+                }
+            }
+        }
+    }
+    if (!Shape::PASSES) finish(s.tile0, s.tile1, acc);
+}

@@ -1,0 +1,103 @@
+//! A model on a GPU.
+
+use super::persistent::{self, Facts};
+use crate::checkpoint::Checkpoint;
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::gpu::ops;
+use crate::gpu::{Gpu, Stream};
+use crate::weights::Weights;
+
+/// A model whose weights are on a GPU.
+pub struct CudaModel {
+    gpu: Gpu,
+    /// The one stream of all models on the GPU, their timelines and their batches: two persistent kernels at once could wait for
+    /// each other for ever. Timelines on several threads may queue work on it at any time: kernels of one stream run in order,
+    /// and a decode step is one launch.
+    stream: Stream,
+    ordinal: usize,
+    config: ModelConfig,
+    weights: Weights,
+    gemv_works: bool,
+    /// Blocks of the persistent kernel, or why decode steps are one kernel an op.
+    persistent: std::result::Result<usize, &'static str>,
+}
+
+impl CudaModel {
+    /// Opens GPU `ordinal`, uploads and repacks the weights.
+    ///
+    /// # Errors
+    /// [`crate::Error::NoGpu`], [`crate::Error::OutOfGpuMemory`], or a driver failure.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        ordinal: usize,
+        progress: Option<fn(u64, u64)>,
+    ) -> Result<CudaModel> {
+        let gpu = Gpu::open(ordinal)?;
+        let stream = gpu.shared_stream()?;
+        let gemv_works = ops::unpack_check(&stream)? == 0;
+        let weights = Weights::load(&gpu, &stream, checkpoint, progress)?;
+        let config = checkpoint.config().clone();
+        let blocks = ops::decode_step_blocks(&gpu, weights.has_zeros())?;
+        let persistent = if crate::trace::switches().no_persistent {
+            Err("PEREGRINE_NO_PERSISTENT is set")
+        } else {
+            persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
+        };
+        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent })
+    }
+
+    /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
+    #[must_use]
+    pub fn without_persistent(self) -> CudaModel {
+        CudaModel { persistent: Err("it was switched off"), ..self }
+    }
+
+    /// Why decode steps are one kernel an op; `None`: up to 8 tokens are one launch of the persistent kernel.
+    #[must_use]
+    pub fn why_not_persistent(&self) -> Option<&'static str> {
+        self.persistent.err()
+    }
+
+    /// For example `NVIDIA H200 (cuda:0)`.
+    #[must_use]
+    pub fn device_name(&self) -> String {
+        format!("{} (cuda:{})", self.gpu.name(), self.ordinal)
+    }
+
+    /// Bytes of the resident weights.
+    #[must_use]
+    pub fn weight_bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
+    /// Bytes of GPU memory in use, by anybody.
+    pub fn gpu_used_bytes(&self) -> Result<u64> {
+        let (free, total) = self.gpu.memory()?;
+        Ok(total - free)
+    }
+
+    pub(super) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    pub(super) fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub(super) fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    pub(super) fn gemv_works(&self) -> bool {
+        self.gemv_works
+    }
+
+    pub(super) fn persistent_blocks(&self) -> Option<usize> {
+        self.persistent.ok()
+    }
+}
