@@ -127,7 +127,8 @@ impl AttnOutput<'_> {
     }
 }
 
-/// `attn_decode`: rotates, appends to the cache and attends, for up to [`STEP_TOKENS`](super::STEP_TOKENS) tokens of any slots. `qkv` is not rotated.
+/// `attn_decode`: rotates, appends to the cache and attends, for up to [`STEP_TOKENS`](super::STEP_TOKENS) tokens of any
+/// slots. `qkv` is not rotated.
 #[allow(unsafe_code)]
 pub fn attn_decode(
     stream: &Stream,
