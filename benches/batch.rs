@@ -1,0 +1,65 @@
+//! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench batch DIR [CONTEXT]`.
+//!
+//! Each text has a random prompt of CONTEXT tokens (128 unless given); then greedy steps, sampling included, as a caller sees them: from the
+//! return of one `next_step` to that of the next. Median of the steps, with the 10th and 90th percentile. Bytes are those of the
+//! weights, each read once a step; prompts are not timed.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use std::time::Instant;
+
+use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
+use peregrine::sampler::Sampling;
+
+const STEPS: usize = 120;
+/// Steps not timed: the first are queued ahead.
+const WARM_UP: usize = 10;
+const SLOTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
+
+fn main() {
+    let mut words = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
+    let Some(model) = words.next() else {
+        eprintln!("SKIPPED batch: name a checkpoint: cargo bench --bench batch DIR [CONTEXT]");
+        return;
+    };
+    let context: usize = words.next().map_or(128, |c| c.parse().unwrap());
+    let options = LoadOptions { device: Device::Cuda(0), ..LoadOptions::default() };
+    let engine = match Engine::load(&model, &options) {
+        Ok(engine) => engine,
+        Err(error) => return eprintln!("SKIPPED batch: {error}"),
+    };
+    let weights = engine.memory().weight_bytes as f64;
+    let vocab = engine.config().vocab_size as u64;
+    println!("{}, context {context}, {:.2} GB of weights", engine.device_name(), weights / 1e9);
+    println!(
+        "{:>5} {:>9} {:>19} {:>10} {:>7} {:>9}",
+        "texts", "ms/step", "10 % .. 90 %", "tokens/s", "TB/s", "x 1 text"
+    );
+    let mut one = 0.0;
+    for slots in SLOTS {
+        let mut batch = engine.batch(slots, SessionOptions::default()).unwrap();
+        let id = |i: u64| ((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % vocab;
+        let prompts: Vec<Vec<u32>> =
+            (0..slots).map(|s| (0..context).map(|i| id((s * context + i) as u64) as u32).collect()).collect();
+        let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+        let sampling = Sampling::greedy().max_new_tokens(STEPS).ignore_eos(true);
+        batch.begin(&prompts, &sampling).unwrap();
+        let mut ms: Vec<f64> = Vec::new();
+        let mut last = Instant::now();
+        for _ in 0..STEPS {
+            assert!(batch.next_step().unwrap().iter().all(Option::is_some));
+            ms.push(last.elapsed().as_secs_f64() * 1e3);
+            last = Instant::now();
+        }
+        ms.drain(..WARM_UP);
+        ms.sort_by(f64::total_cmp);
+        let [low, median, high] = [1, 5, 9].map(|tenth| ms[ms.len() * tenth / 10]);
+        if slots == 1 {
+            one = median;
+        }
+        let (rate, tb) = (slots as f64 / median * 1e3, weights / median / 1e9);
+        println!(
+            "{slots:>5} {median:>9.3} {low:>8.3} .. {high:>7.3} {rate:>10.0} {tb:>7.2} {:>9.2}",
+            median / one
+        );
+    }
+}
