@@ -1,4 +1,4 @@
-//! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench batch DIR [CONTEXT]`.
+//! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench steps DIR [CONTEXT]`.
 //!
 //! Each text has a random prompt of CONTEXT tokens (128 unless given); then greedy steps, sampling included, as a caller sees them: from the
 //! return of one `next_step` to that of the next. Median of the steps, with the 10th and 90th percentile. Bytes are those of the
@@ -18,14 +18,14 @@ const SLOTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 fn main() {
     let mut words = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
     let Some(model) = words.next() else {
-        eprintln!("SKIPPED batch: name a checkpoint: cargo bench --bench batch DIR [CONTEXT]");
+        eprintln!("SKIPPED steps: name a checkpoint: cargo bench --bench steps DIR [CONTEXT]");
         return;
     };
     let context: usize = words.next().map_or(128, |c| c.parse().unwrap());
     let options = LoadOptions { device: Device::Cuda(0), ..LoadOptions::default() };
     let engine = match Engine::load(&model, &options) {
         Ok(engine) => engine,
-        Err(error) => return eprintln!("SKIPPED batch: {error}"),
+        Err(error) => return eprintln!("SKIPPED steps: {error}"),
     };
     let weights = engine.memory().weight_bytes as f64;
     let vocab = engine.config().vocab_size as u64;
