@@ -248,12 +248,9 @@ typedef struct SampledToken {
     uint32_t step;    // 1 for the first token of a generation
 } SampledToken;
 
-// What a decode step reads and the sampler advances. One struct in device memory.
+// A sequence being generated. Device memory, one a slot.
 typedef struct DecodeState {
-    uint32_t tokens, reserved[3];  // as a Step with one token:
-    uint32_t token;     // the next token to be appended
-    uint32_t position;  // tokens in the cache = its position
-    uint32_t slot, first;
+    uint32_t position;  // of the slot's first token in the next step = tokens in its cache
     uint32_t step;      // tokens sampled in this generation
     uint32_t length;    // tokens in `history`
     uint32_t done;      // 1: a stop id was sampled or the room is used up
