@@ -5,7 +5,6 @@
 #include "strip.cuh"
 #include "table.cuh"
 
-// Bulk copies and mbarriers are sm_90's: there is nothing of this on sm_80, where decode_step_blocks says 0.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 namespace {
@@ -19,7 +18,6 @@ constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 1
 #endif
-constexpr uint32_t AHEAD = 2;         // strips before the end of a run at which the next run's inputs are asked for
 constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
 constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
 // Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
@@ -152,39 +150,16 @@ __device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
 // There are no more blocks than row tiles of [down | dense], so every block has a strip of each slice and of each part of [qkv ; up]: whoever
 // has all of a slice knows that every block has come as far.
 //
-// The strips of a block. [qkv ; up]: every gridDim-th row tile, in order, so that queries come first and attention can begin, and the
-// first half of the MLP's outputs is complete long before the last. [down | dense]: its strips, slice by slice (slice * wide_tiles +
-// tile), in three runs: of the slices that read that first half, of the others, and of the last, which is attention's output. So nobody
-// waits for what was written just now, and a block needs the inputs of three or four slices.
-constexpr uint32_t RUNS = 3;
+// The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
+// of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
+// (attention's output), which has until then to be ready.
 __device__ __forceinline__ uint32_t share(uint32_t block, uint32_t count) { return block * count / gridDim.x; }
-// Strips before run r, of all blocks.
-__device__ __forceinline__ uint32_t before_run(const Args& p, uint32_t r) {
-    return (r == 0 ? 0 : r == 1 ? (p.slices - 1) / 2 : r == 2 ? p.slices - 1 : p.slices) * p.wide_tiles;
+// First strip of a block, of those of slices 0 .. slices - 2: slice * wide_tiles + tile.
+__device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { return share(block, (p.slices - 1) * p.wide_tiles); }
+// First tile of a block, of the last slice. Together with the other run a block has its even share of all strips.
+__device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
+    return share(block, p.slices * p.wide_tiles) - first_run(p, block);
 }
-// First strip of a block's run r. Its runs together are its even share of all strips.
-__device__ __forceinline__ uint32_t run_start(const Args& p, uint32_t block, uint32_t r) {
-    const uint32_t before = before_run(p, r);
-    return before + share(block, before_run(p, r + 1)) - share(block, before);
-}
-// Calls begin(slice) before the first strip of each slice of a run, and strip(tile, slice, r, left) for each strip of the block, of
-// which `left` more follow in run r.
-template <typename Begin, typename Strip>
-__device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
-#pragma unroll 1
-    for (uint32_t r = 0; r < RUNS; r++) {
-        uint32_t at = run_start(p, blockIdx.x, r);
-        const uint32_t end = run_start(p, blockIdx.x + 1, r);
-#pragma unroll 1
-        while (at < end) {
-            const uint32_t slice = at / p.wide_tiles, stop = min(end, (slice + 1) * p.wide_tiles);
-            begin(slice);
-#pragma unroll 1
-            for (; at < stop; at++) strip(at - slice * p.wide_tiles, slice, r, end - at - 1);
-        }
-    }
-}
-
 // With more than one token: whose norm this block computes, or a number beyond them.
 __device__ __forceinline__ uint32_t norm_owner_of() {
     const uint32_t apart = max(gridDim.x / TOKENS, 1u);
@@ -193,6 +168,25 @@ __device__ __forceinline__ uint32_t norm_owner_of() {
 // Where it is published: layers take turns, the last norm has a place of its own.
 __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
     return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
+}
+
+// Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
+template <typename Begin, typename Strip>
+__device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
+    uint32_t at = first_run(p, blockIdx.x);
+    const uint32_t end = first_run(p, blockIdx.x + 1);
+#pragma unroll 1
+    while (true) {
+        const bool last = at == end;
+        const uint32_t slice = last ? p.slices - 1 : at / p.wide_tiles;
+        uint32_t tile = last ? last_run(p, blockIdx.x) : at - slice * p.wide_tiles;
+        const uint32_t stop = last ? last_run(p, blockIdx.x + 1) : min(p.wide_tiles, tile + end - at);
+        if (!last) at += stop - tile;
+        if (tile < stop) begin(slice);
+#pragma unroll 1
+        for (; tile < stop; tile++) strip(tile, slice);
+        if (last) break;
+    }
 }
 
 // Stage `turn` of a group; the stages of a strip lie side by side.
@@ -244,7 +238,7 @@ struct Producer {
             going = push(l.qkv_up + (size_t)(t * p.units + first) * S::BYTES, bytes);
         for_each_down_dense(
             p, [](uint32_t) {},
-            [&](uint32_t tile, uint32_t slice, uint32_t, uint32_t) {
+            [&](uint32_t tile, uint32_t slice) {
                 if (going) going = push(l.down_dense + (size_t)((tile * p.slices + slice) * p.units + first) * S::BYTES, bytes);
             });
         return going;
@@ -294,7 +288,6 @@ struct Consumer {
     const Args& p;
     S& shared;
     uint32_t tokens, turn = 0, phase = 0, slot = 0, slot_phase = 0;
-    uint32_t asked = ~0u;  // slice of the last prefetch
     StripInputs<WARP_UNITS, 1, ZEROS> x;
 
     static __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
@@ -365,7 +358,6 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
         const float2 moments = all_moments(layer, v);
-        cp_async_wait<0>();  // of a prefetch nobody has taken
         // Inputs 2 l, 2 l + 1 of a unit to where lane q finds its eight words together.
         uint32_t* to = shared.inputs[warp()] + lane % 4 * 8 + lane / 8 * 2 + lane / 4 % 2;
 #pragma unroll
@@ -466,35 +458,6 @@ struct Consumer {
         x.add_up();
     }
 
-    // One token: asks for this warp's inputs of the slice that run r begins with, into shared.inputs; some may not be there yet.
-    __device__ __forceinline__ void prefetch(const uint16_t* wide, uint32_t r) {
-        if (r == RUNS) return;
-        asked = run_start(p, blockIdx.x, r) / p.wide_tiles;
-        const uint16_t* from = wide + asked * p.hidden + first() * UNIT_INPUTS;
-        for (uint32_t i = lane(); i < units() * 8; i += 32) cp_async(smem_address(shared.inputs[warp()] + i * 4), from + i * 8);
-        cp_async_commit();
-    }
-    // x = one slice of the wide activations: what was asked for ahead, if it was that slice and all was there.
-    __device__ __forceinline__ void take_prefetched(const uint16_t* wide, uint32_t slice, uint32_t layer) {
-        cp_async_wait<0>();
-        __syncwarp();
-        bool complete = true;
-#pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                uint4 v = make_uint4(0, 0, 0, 0);
-                if (lane() < 4 && i < units()) v = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane() * 8)[half];
-                complete &= ready(v);
-                *reinterpret_cast<uint4*>(x.b[i] + 4 * half) = v;
-            }
-        // The last values of a slice this warp has had may lie there still: a run that begins with a slice begins with what was asked for.
-        complete &= slice == asked;
-        asked = ~0u;
-        if (__all_sync(~0u, complete)) x.add_up();
-        else load(wide + slice * p.hidden, p.wide_size, layer);
-    }
-
     // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
     // could take the phase before the last for the one it waits for.
     __device__ __forceinline__ void head() {
@@ -551,18 +514,10 @@ struct Consumer {
             norm<SINGLE>(residual, last ? p.final_weight : p.layer[l].norm_weight, last ? p.final_bias : p.layer[l].norm_bias, l);
             if (last) break;
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
-            const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
 #pragma unroll 1
-            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) {
-                if (SINGLE && t + AHEAD * gridDim.x >= p.qkv_tiles && t + (AHEAD - 1) * gridDim.x < p.qkv_tiles) prefetch(wide, 0);
-                strip<SINGLE>();
-            }
-            for_each_down_dense(
-                p, [&](uint32_t slice) { SINGLE ? take_prefetched(wide, slice, l) : load(wide + slice * p.hidden, p.wide_size, l); },
-                [&](uint32_t, uint32_t, uint32_t r, uint32_t left) {
-                    if (SINGLE && left == AHEAD - 1) prefetch(wide, r + 1);
-                    strip<SINGLE>();
-                });
+            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip<SINGLE>();
+            const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
+            for_each_down_dense(p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip<SINGLE>(); });
         }
         if (warp() < p.owners) head();
     }
@@ -647,7 +602,7 @@ struct Storer {
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
         for_each_down_dense(
             p, [](uint32_t) {},
-            [&](uint32_t tile, uint32_t, uint32_t, uint32_t) {
+            [&](uint32_t tile, uint32_t) {
                 take([&](uint32_t m, uint32_t row, float sum, bool active) {
                     if (!active) return;
                     broken |= !(fabsf(sum) < X_LIMIT);
