@@ -24,10 +24,10 @@
 // 0, rounds are 32 keys: a token's result depends on its own context only, not on who is in the call with it.
 //
 // An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in
-// chunk order, many of them in runs. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes items rounds alike.
+// chunk order, many of them in runs. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes
+// items rounds alike.
 //
-// A kernel of 512 threads has 128 registers a thread, and that is what this is cut to: no spills there on sm_90a, with a fetch that
-// polls.
+// A kernel of 512 threads has 128 registers a thread, and that is what this is cut to.
 #pragma once
 #include "attn.cuh"
 #include "rope.cuh"

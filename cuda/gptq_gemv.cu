@@ -17,7 +17,9 @@
 // Tried    a block a strip, 3 blocks an SM, weights through registers: 21.6 us at 1 token, 64 us at 8 (each of 1428 blocks stages all
 //          activations, and lives for one memory latency). Two blocks an SM looping over strips, the next strip loaded to registers
 //          before this one is computed: 23.8 us at 1 token, 32 us at 8 (probably since both strips' loads share the few scoreboards
-//          of a warp, so that waiting for this strip waits for the next one too). One ring for the block, a barrier a strip: 19.9 us at 1, 22.8 us at 8.
+//          of a warp, so that waiting for this strip waits for the next one too). One ring for the block, a barrier a strip: 19.9 us at
+//          1, 22.8 us at 8.
+// Spills   up to 16 bytes, where a row has two scales or zero points.
 #include "launch.cuh"
 #include "strip.cuh"
 
@@ -39,8 +41,8 @@ __device__ __forceinline__ uint32_t first_unit(uint32_t warp, uint32_t count) { 
 
 // The inputs of this warp's `units` units, from unit0 on.
 template <int SCALES, bool ZEROS>
-__device__ __forceinline__ void load_inputs(StripInputs<WARP_UNITS, SCALES, ZEROS>& x, const GptqMatmulParams& p, uint32_t unit0, uint32_t units,
-                                            uint32_t lane) {
+__device__ __forceinline__ void load_inputs(StripInputs<WARP_UNITS, SCALES, ZEROS>& x, const GptqMatmulParams& p, uint32_t unit0,
+                                            uint32_t units, uint32_t lane) {
     const uint32_t token = lane / 4, q = lane % 4;
     const uint16_t* from = p.x + (size_t)token * p.x_stride + (size_t)unit0 * UNIT_INPUTS + 2 * q;
 #pragma unroll

@@ -31,7 +31,8 @@ struct StripInputs {
 // one: a chain is waited for 33 cycles a link, and the compiler puts one unit's behind the other's. The zero points' share is where
 // a chain begins. SINGLE: there is one token; the odd columns are left alone.
 template <bool SINGLE, int UNITS, int SCALES, bool ZEROS>
-__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const StripInputs<UNITS, SCALES, ZEROS>& x, int i, uint32_t lane) {
+__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const StripInputs<UNITS, SCALES, ZEROS>& x, int i,
+                                              uint32_t lane) {
     const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
     const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
@@ -40,8 +41,10 @@ __device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit,
         const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(q));
         const float2 zero =
             ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(1.f, 1.f);
-        const float2 low = x.offset[i][h], high = make_float2(low.x * (CODE_LOW_SCALE / CODE_HIGH_SCALE), low.y * (CODE_LOW_SCALE / CODE_HIGH_SCALE));
-        float c[2][4] = {{zero.x * low.x, SINGLE ? 0.f : zero.x * low.y, zero.y * high.x, SINGLE ? 0.f : zero.y * high.y}, {0.f, 0.f, 0.f, 0.f}};
+        constexpr float RATIO = CODE_LOW_SCALE / CODE_HIGH_SCALE;
+        const float2 low = x.offset[i][h], high = make_float2(low.x * RATIO, low.y * RATIO);
+        float c[2][4] = {{zero.x * low.x, SINGLE ? 0.f : zero.x * low.y, zero.y * high.x, SINGLE ? 0.f : zero.y * high.y},
+                         {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
             uint32_t a[4];

@@ -1,0 +1,125 @@
+// decode_plan — who does what in decode_step: roles of warps, shared memory, parameters, and which strips are whose.
+//
+//   warps 0..11   consumers   multiply; warp w has units 6 w .. 6 w + 5 of each strip. Four of them, a group, share a stage
+//   warp  12      producer    lane g keeps the ring of group g full
+//   warp  13      storer      adds the consumers' sums of a strip and sends them on
+//   warps 14, 15  attention   one item (token, 16 heads, 128 keys) at a time, see attn_decode.cuh
+//
+//   ring   stage:  |group 0: 24 units|group 1: 24 units|group 2: 23 units|   a strip: 71 units of 544 bytes, 38.6 KB
+//          DEPTH of these: 193 KB asked for ahead of need, which carries the stream over most waits
+//   sums   [SUM_SLOTS strips][warp][token][row] f32: consumers run ahead of the storer by so many strips
+#pragma once
+#include "attn_decode.cuh"
+#include "bulk.cuh"
+#include "decode_words.cuh"
+#include "strip.cuh"
+
+namespace {
+
+constexpr uint32_t CONSUMERS = 12, PRODUCER = 12, STORER = 13, ATTENTION = 14, WARPS = 16;
+constexpr uint32_t THREADS = WARPS * 32;
+constexpr uint32_t GROUP_WARPS = 4;   // consumer warps that share a stage
+constexpr uint32_t WARP_UNITS = 6;    // most units of a strip a warp owns
+constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
+constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
+constexpr uint32_t IN_FLIGHT = 1;     // copies of a group under way
+constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
+constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
+// Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
+constexpr uint32_t TURNS = PEREGRINE_STEP_TURNS;
+
+template <bool ZEROS>
+struct Shared {
+    static constexpr int BYTES = unit_bytes<1, ZEROS>();
+    static constexpr uint32_t STAGE_BYTES = GROUP_UNITS * BYTES;
+    static constexpr uint32_t DEPTH = ZEROS ? 4 : 5;  // strips in the ring
+    static constexpr uint32_t STAGES = DEPTH * CONSUMERS / GROUP_WARPS;
+    uint8_t ring[STAGES][STAGE_BYTES];
+    float sums[SUM_SLOTS][CONSUMERS][TOKENS * SUM_STRIDE];
+    uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
+    float2 moments[2][CONSUMERS];
+    StepToken token[TOKENS];
+    uint64_t full[STAGES], empty[STAGES];
+    uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
+};
+
+// The kernel's parameters, and what follows from them; both lie in constant memory, where they cost no registers.
+struct Args : DecodeStepParams {
+    uint32_t units;                    // of a strip: hidden / 64
+    uint32_t owners, groups;           // consumer warps that have units, and groups that have such warps
+    uint32_t qkv_size, wide_size;
+    uint32_t qkv_tiles, wide_tiles;    // row tiles of [qkv ; up]; of [down | dense]
+    uint32_t slices, head_tiles;
+    uint32_t qkv_turn, wide_turn;      // values of one turn of `qkv` and `wide`
+    AttnDecodeParams attn[PEREGRINE_STEP_LAYERS];
+    float hidden_share;                // 1 / hidden
+    float last_inputs, last_share;     // inputs of the last owner's units, and 1 / them
+    explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
+        units = hidden / UNIT_INPUTS;
+        owners = (units + WARP_UNITS - 1) / WARP_UNITS, groups = (units + GROUP_UNITS - 1) / GROUP_UNITS;
+        qkv_size = (heads + 2) * PEREGRINE_HEAD_DIM, wide_size = ffn + hidden;
+        qkv_tiles = (qkv_size + ffn) / UNIT_ROWS, wide_tiles = hidden / UNIT_ROWS;
+        slices = ffn / hidden + 1, head_tiles = vocab / UNIT_ROWS;
+        qkv_turn = TOKENS * qkv_size, wide_turn = TOKENS * wide_size;
+        for (uint32_t l = 0; l < layers; l++)
+            attn[l] = {DecodeStepParams::qkv + l % TURNS * qkv_turn, layer[l].k_cache, layer[l].v_cache, table, step->token, nullptr,
+                       attn_partials, attn_arrivals, TOKENS, heads, 0, slots, max_context};
+        hidden_share = 1.f / hidden;
+        last_inputs = (units - (owners - 1) * WARP_UNITS) * UNIT_INPUTS, last_share = 1.f / last_inputs;
+    }
+};
+
+// Warps that read a stage of the ring; the stages of a strip are those of its groups, in order.
+__device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
+    return min(GROUP_WARPS, p.owners - stage % p.groups * GROUP_WARPS);
+}
+
+// There are no more blocks than row tiles of [down | dense], so every block has a strip of each slice and of each part of
+// [qkv ; up]: whoever has all of a slice knows that every block has come as far.
+//
+// The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
+// of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
+// (attention's output), which has until then to be ready.
+__device__ __forceinline__ uint32_t share(uint32_t block, uint32_t count) { return block * count / gridDim.x; }
+// First strip of a block, of those of slices 0 .. slices - 2: slice * wide_tiles + tile.
+__device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { return share(block, (p.slices - 1) * p.wide_tiles); }
+// First tile of a block, of the last slice. Together with the other run a block has its even share of all strips.
+__device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
+    return share(block, p.slices * p.wide_tiles) - first_run(p, block);
+}
+// With more than one token: whose norm this block computes, or a number beyond them.
+__device__ __forceinline__ uint32_t norm_owner_of() {
+    const uint32_t apart = max(gridDim.x / TOKENS, 1u);
+    return blockIdx.x % apart == 0 ? blockIdx.x / apart : TOKENS;
+}
+// Where it is published: layers take turns, the last norm has a place of its own.
+__device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
+    return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
+}
+
+// Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
+template <typename Begin, typename Strip>
+__device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
+    uint32_t at = first_run(p, blockIdx.x);
+    const uint32_t end = first_run(p, blockIdx.x + 1);
+#pragma unroll 1
+    while (true) {
+        const bool last = at == end;
+        const uint32_t slice = last ? p.slices - 1 : at / p.wide_tiles;
+        uint32_t tile = last ? last_run(p, blockIdx.x) : at - slice * p.wide_tiles;
+        const uint32_t stop = last ? last_run(p, blockIdx.x + 1) : min(p.wide_tiles, tile + end - at);
+        if (!last) at += stop - tile;
+        if (tile < stop) begin(slice);
+#pragma unroll 1
+        for (; tile < stop; tile++) strip(tile, slice);
+        if (last) break;
+    }
+}
+
+// Stage `turn` of a group; the stages of a strip lie side by side.
+__device__ __forceinline__ uint32_t stage_of(const Args& p, uint32_t turn, uint32_t group) { return turn * p.groups + group; }
+
+// A bit a stage of a group: the parity of its next use, when the ring is about to reach `turn` at parity `phase`.
+__device__ __forceinline__ uint32_t turn_phases(uint32_t turn, uint32_t phase) { return (phase ? ~0u : 0u) ^ ((1u << turn) - 1); }
+
+}  // namespace
