@@ -74,8 +74,8 @@ __device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
     return min(GROUP_WARPS, p.owners - stage % p.groups * GROUP_WARPS);
 }
 
-// There are no more blocks than row tiles of [down | dense], so every block has a strip of each slice and of each part of
-// [qkv ; up]: whoever has all of a slice knows that every block has come as far.
+// There are no more blocks than row tiles of [down | dense], so every block contributes to the residual in each layer: whoever has all
+// of a layer's knows that every block has come as far, its storer included.
 //
 // The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
 // of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
