@@ -1,0 +1,169 @@
+// chain — one unit of weights, in registers, times 16, 32 or 64 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
+//
+// A chain is the products of a run: the inputs of a unit that have one scale. The tensor core adds it up, then it is scaled and added in
+// f32. On sm_90a four warps share wgmma, elsewhere a warp loads activations by ldmatrix for mma.sync; the accumulators c[n][e] are the
+// same: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
+#pragma once
+#include "units.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PEREGRINE_WGMMA 1
+#else
+#define PEREGRINE_WGMMA 0
+#endif
+
+constexpr int TOKEN_BYTES = UNIT_INPUTS * 2;  // of a unit's inputs
+
+// 4-bit units: codes become the exact f16 integers code - zero; a run is the inputs that share a scale.
+template <int SCALES, bool ZEROS>
+struct GptqUnits {
+    static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
+    static constexpr int RUNS = SCALES;
+    // This lane's part of a unit as it is stored.
+    struct Raw {
+        uint4 codes;
+        __half2 scale[SCALES], zero[SCALES];
+
+        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
+            codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
+            const uint8_t* q = unit + UNIT_CODE_BYTES + lane / 4 * 4;
+#pragma unroll
+            for (int h = 0; h < SCALES; h++) {
+                scale[h] = *reinterpret_cast<const __half2*>(q + h * UNIT_SCALE_BYTES);
+                zero[h] = ZEROS ? *reinterpret_cast<const __half2*>(q + (SCALES + h) * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
+            }
+        }
+    };
+    uint32_t a[STEPS][4];
+    __half2 scale[SCALES];
+
+    __device__ __forceinline__ void unpack(const Raw& raw) {
+        const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
+#pragma unroll
+        for (int h = 0; h < SCALES; h++) {
+            scale[h] = raw.scale[h];
+            const ExactBias bias(raw.zero[h]);
+#pragma unroll
+            for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], bias, a[s]);
+        }
+    }
+    __device__ __forceinline__ void add(float acc[4], const float chain[4], int run) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[e] = fmaf(e < 2 ? __low2float(scale[run]) : __high2float(scale[run]), chain[e], acc[e]);
+    }
+};
+
+// f16 units.
+struct TableUnits {
+    static constexpr int BYTES = TABLE_UNIT_BYTES;
+    static constexpr int RUNS = 1;
+    struct Raw {
+        uint4 v[STEPS];
+
+        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) v[s] = *reinterpret_cast<const uint4*>(unit + s * 512 + lane * 16);
+        }
+    };
+    uint32_t a[STEPS][4];
+
+    __device__ __forceinline__ void unpack(const Raw& raw) {
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) a[s][0] = raw.v[s].x, a[s][1] = raw.v[s].y, a[s][2] = raw.v[s].z, a[s][3] = raw.v[s].w;
+#pragma unroll
+        for (int s = 0; s < STEPS; s++) asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3]));
+    }
+    // A chain of one unit, then an f32 add: the tensor core's own adds truncate.
+    __device__ __forceinline__ void add(float acc[4], const float chain[4], int) const {
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[e] += chain[e];
+    }
+};
+
+#if PEREGRINE_WGMMA
+// c[64 rows of the warpgroup x TOKENS] = (add ? c : 0) + a * b; b from shared memory, 128-byte swizzle.
+__device__ __forceinline__ void wgmma(float (&c)[2][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma(float (&c)[4][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+        "{%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+__device__ __forceinline__ void wgmma(float (&c)[8][4], const uint32_t a[4], uint64_t b, int add) {
+    asm volatile(
+        "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+#endif
+
+// Starts chain = run `run` of the unit's inputs times the weights; `x` is the unit's activations in shared memory.
+template <class Weights, int TOKENS>
+__device__ __forceinline__ void start_chain(float (&chain)[TOKENS / 8][4], const Weights& w, uint32_t x, int run) {
+#if PEREGRINE_WGMMA
+    constexpr int RUN_STEPS = STEPS / Weights::RUNS;
+    // Start address, distance of the 8-token groups (1024 bytes), 128-byte swizzle; lengths in 16 bytes.
+    const uint64_t descriptor = (uint64_t)(x / 16) | (uint64_t)1 << 16 | (uint64_t)(1024 / 16) << 32 | (uint64_t)1 << 62;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s++) wgmma(chain, w.a[s], descriptor + s * 2, s > run * RUN_STEPS);
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING chains are under way.
+template <int PENDING>
+__device__ __forceinline__ void wait_chains() {
+#if PEREGRINE_WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// acc += the chain that was started, scaled. After this the weights' registers may be reused.
+template <class Weights, int TOKENS, int PENDING = 0>
+__device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&chain)[TOKENS / 8][4], Weights& w, uint32_t x, int run) {
+#if PEREGRINE_WGMMA
+    wait_chains<PENDING>();
+    // The compiler does not know that the registers were in use until here.
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) asm volatile("" : "+f"(chain[n][e])::"memory");
+#pragma unroll
+    for (int s = 0; s < STEPS; s++)
+        asm volatile("" : "+r"(w.a[s][0]), "+r"(w.a[s][1]), "+r"(w.a[s][2]), "+r"(w.a[s][3])::"memory");
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++) w.add(acc[n], chain[n], run);
+#else
+    constexpr int RUN_STEPS = STEPS / Weights::RUNS;
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; n++) {
+        const uint32_t row = x + (n * 8 + lane % 8) * TOKEN_BYTES;
+        float c[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s += 2) {
+            uint32_t b[4];
+            ldmatrix(b, row + ((lane / 8 + s * 2) ^ (lane % 8)) * 16);
+            mma(c, w.a[s], b[0], b[1]);
+            mma(c, w.a[s + 1], b[2], b[3]);
+        }
+        w.add(acc[n], c, run);
+        if (Weights::RUNS == 2 && TOKENS == 64 && n % 3 == 2) __syncwarp();  // holds back loads, for want of registers
+    }
+#endif
+}
