@@ -2,8 +2,7 @@
 //
 // A block multiplies row tiles, one a warp at a time, by all tokens, in stages along the inputs: the row tiles' units and the tokens'
 // activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others
-// multiply and wait only for the stage they need. A unit times
-// the tokens is a chain (chain.cuh).
+// multiply, unit by unit (chain.cuh), and wait only for the stage they need.
 //
 // Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), which is both wgmma's 128-byte swizzle
 //          and free of ldmatrix bank conflicts; then [row tile][unit]. Each stage has a barrier for full and one for empty.

@@ -89,6 +89,54 @@ pub struct Activations<'a> {
     pub tokens: usize,
 }
 
+/// Where the sums of rows `rows` go, after the buffers were found large enough for `tokens` tokens.
+fn output_params(
+    op: &str,
+    stream: &Stream,
+    matrix_n: usize,
+    rows: &std::ops::Range<usize>,
+    tokens: usize,
+    slices: usize,
+    output: MatmulOutput<'_>,
+) -> Result<ffi::GptqOutput> {
+    let n = rows.len();
+
+    let mut y = ffi::GptqOutput::default();
+    match output {
+        MatmulOutput::Partials(partials) => {
+            partials.require(op, slices * tokens * n)?;
+            y.partials = partials.ptr_mut(stream);
+        }
+        MatmulOutput::Residual { x, bias } => {
+            x.require(op, tokens * n)?;
+            bias.map_or(Ok(()), |b| b.require(op, n))?;
+            y.residual = x.ptr_mut(stream);
+            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
+        }
+        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias } => {
+            out.require(op, tokens * split_row)?;
+            if rows.end > split_row {
+                gelu_out.require(op, (tokens - 1) * gelu_stride + rows.end - split_row)?;
+            }
+            bias.map_or(Ok(()), |b| b.require(op, matrix_n))?;
+            if rows.start != 0 && rows.start != split_row {
+                return Err(Error::Cuda {
+                    op: op.into(),
+                    what: format!("rows {rows:?} cross the split at {split_row}"),
+                });
+            }
+            y.out = out.ptr_mut(stream);
+            y.out_stride = u32_of(op, split_row)?;
+            y.gelu_out = gelu_out.ptr_mut(stream);
+            y.gelu_stride = u32_of(op, gelu_stride)?;
+            // Rows are counted from the range's first: a range that starts at the split has no row below it.
+            y.split_row = u32_of(op, split_row - rows.start)?;
+            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream).wrapping_add(rows.start));
+        }
+    }
+    Ok(y)
+}
+
 /// `gptq_gemv` / `gptq_batch` / `gptq_gemm`: `y[m, row] = sum_k x[m, k] W[row, k]` for rows `rows` of `w` (multiples of 16).
 #[allow(unsafe_code)]
 pub fn gptq_matmul(
@@ -119,45 +167,11 @@ pub fn gptq_matmul(
         });
     }
     a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
-    let n = rows.len();
-
-    let mut y = ffi::GptqOutput::default();
-    match output {
-        MatmulOutput::Partials(partials) => {
-            partials.require(op, slices * a.tokens * n)?;
-            y.partials = partials.ptr_mut(stream);
-        }
-        MatmulOutput::Residual { x, bias } => {
-            x.require(op, a.tokens * n)?;
-            bias.map_or(Ok(()), |b| b.require(op, n))?;
-            y.residual = x.ptr_mut(stream);
-            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
-        }
-        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias } => {
-            out.require(op, a.tokens * split_row)?;
-            if rows.end > split_row {
-                gelu_out.require(op, (a.tokens - 1) * gelu_stride + rows.end - split_row)?;
-            }
-            bias.map_or(Ok(()), |b| b.require(op, w.n))?;
-            if rows.start != 0 && rows.start != split_row {
-                return Err(Error::Cuda {
-                    op: op.into(),
-                    what: format!("rows {rows:?} cross the split at {split_row}"),
-                });
-            }
-            y.out = out.ptr_mut(stream);
-            y.out_stride = u32_of(op, split_row)?;
-            y.gelu_out = gelu_out.ptr_mut(stream);
-            y.gelu_stride = u32_of(op, gelu_stride)?;
-            // Rows are counted from the range's first: a range that starts at the split has no row below it.
-            y.split_row = u32_of(op, split_row - rows.start)?;
-            y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream).wrapping_add(rows.start));
-        }
-    }
+    let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
     let params = ffi::GptqMatmulParams {
         w: ffi::GptqMatrix {
             units: w.units.ptr(stream).wrapping_add(rows.start / UNIT_ROWS * tile_bytes),
-            n: u32_of(op, n)?,
+            n: u32_of(op, rows.len())?,
             k: u32_of(op, w.k)?,
             scales_per_row: u32_of(op, w.scales_per_row)?,
             has_zeros: u32::from(w.has_zeros),
