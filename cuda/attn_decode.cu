@@ -6,7 +6,8 @@
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, four rounds of scores, softmax and values, and the merge, which reads 4.6 KB a chunk with one warp.
 // Measured one token: 3.2 us at position 0, 5.3 at 127, 5.5 at 128, 6.8 at 1024, 8.8 at 2047. 8 tokens, of one slot or of eight: 6.0 at
-//          128, 10.0 at 1024, 14.9 at 2047. 64 slots at 1024: 22.9. H200, launches back to back, overlapping.
+//          128, 10.0 at 1024, 14.9 at 2047. 64 slots at 1024: 22.9. H200, launches back to back, overlapping; before more than
+//          8 chunks (1024 keys) were merged in runs.
 // Tried    4 warps a block: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
 #include "launch.cuh"

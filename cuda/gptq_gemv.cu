@@ -8,12 +8,12 @@
 //          are asked for before the predecessor in the stream has finished (weights are nobody's output).
 //          The warps' sums of SLOTS strips are collected in shared memory, then all threads add and store them.
 //          Tokens are the N = 8 of mma.m16n8k16: one token costs what eight cost, with the same arithmetic in each column.
-// Numbers  codes enter the tensor core as f16 subnormals (exact, units.cuh), 64 inputs are summed in f32 by the chain of four
-//          mma, then scale * (chain - zero * sum of x). The warps' sums are added in warp order: same bits every run, and for a
-//          token whether it comes alone or among eight.
+// Numbers  codes enter the tensor core as f16 subnormals (exact, units.cuh), 64 inputs are summed in f32 by two chains of two
+//          mma, one of which begins at -zero * sum of x, then scaled (strip.cuh). The warps' sums are added in warp order: same bits
+//          every run, and for a token whether it comes alone or among eight.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s.
 // Measured [qkv ; up] 16.4 us, [down | dense] 15.8 us at 1 token (75 and 77 % of the read ceiling), 19.8 and 19.4 us at 8; H200, cold L2,
-//          back to back (`cargo bench --bench kernels Gemv`).
+//          back to back (`cargo bench --bench kernels Gemv`); with one chain of four mma. Two are unmeasured here, see decode_step.
 // Tried    a block a strip, 3 blocks an SM, weights through registers: 21.6 us at 1 token, 64 us at 8 (each of 1428 blocks stages all
 //          activations, and lives for one memory latency). Two blocks an SM looping over strips, the next strip loaded to registers
 //          before this one is computed: 23.8 us at 1 token, 32 us at 8 (probably since both strips' loads share the few scoreboards

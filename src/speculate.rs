@@ -50,8 +50,8 @@ pub fn room(position: usize, max_context: usize, made: usize, max_new_tokens: us
     left.saturating_sub(1)
 }
 
-/// When to draft. A step of drafts costs some 15 % more than one without, so a text that does not repeat must be left
-/// alone: after drafts that were all wrong come 1, 2, 4 .. 64 steps without, until one is right again.
+/// When to draft. A step of seven drafts costs a third more than one without (1.469 ms, 1.113; `cuda/decode_step.cu`), so a
+/// text that does not repeat must be left alone: after drafts that were all wrong come 1, 2, 4 .. 64 steps without, until one is right again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pace {
     /// Steps without drafts still to go.

@@ -146,7 +146,7 @@ impl Gpu {
     }
 
     /// The stream of all models on this GPU. Two persistent kernels on two streams could each hold a part of the multiprocessors and
-    /// wait for the rest for ever; on one stream they run one after the other. (Those of two processes never run at once.)
+    /// wait for the rest for ever; on one stream they run one after the other. (Those of two processes run at once under MPS alone.)
     pub fn shared_stream(&self) -> Result<Stream> {
         let ordinal = self.context.ordinal();
         let mut streams = SHARED_STREAMS.lock().unwrap_or_else(PoisonError::into_inner);

@@ -17,7 +17,7 @@ use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS};
 pub const STEP_LAYERS: usize = ffi::PEREGRINE_STEP_LAYERS as usize;
 /// Buffers that layers use in turn.
 const TURNS: usize = ffi::PEREGRINE_STEP_TURNS as usize;
-/// Polls before a block gives up: a second or so, where a whole step takes a millisecond.
+/// Polls before a block gives up. Each is a round trip to L2, so seconds, where a whole step takes a millisecond.
 const PATIENCE: u32 = 1 << 22;
 
 /// Blocks `decode_step` takes on a GPU, one a multiprocessor; 0 where it cannot run. Is to be called once before the first
