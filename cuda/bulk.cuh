@@ -12,14 +12,28 @@ __device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) 
 // Makes the initialised barriers known to the copy engine.
 __device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t count = 1) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(count) : "memory");
+// By shared address, or by pointer.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t count = 1) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t count = 1) { barrier_arrive(smem_address(barrier), count); }
 // One arrival, and `bytes` more to wait for.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+// Whether the phase is over, without waiting.
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    return done;
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
@@ -27,8 +41,9 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity)
         "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
         "@!done bra again;\n"
         "}"
-        ::"r"(smem_address(barrier)), "r"(parity) : "memory");
+        ::"r"(barrier), "r"(parity) : "memory");
 }
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(smem_address(barrier), parity); }
 
 // Global to shared, `bytes` (a multiple of 16) reported to `barrier`. The hint: read once, evict first.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

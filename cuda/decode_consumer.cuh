@@ -1,23 +1,66 @@
 // decode_consumer — multiplies strips from the ring by inputs kept in registers; norms of the residual stream.
 //
-// A strip is 6 units a warp: the four 16-byte words of a lane, 5 logic operations for 8 weights (units.cuh), four mma a unit. That is
-// what bounds the step: 0.9 us of a strip's 1.13 us. Each token is a column of the mma: sums of a token do not depend on the others.
+// A strip is 6 units a warp, see decode_strip.cuh. Tokens are columns of the product: sums of a token do not depend on the others.
+// Up to 4 tokens take one tile of columns, 5 to 8 two.
 #pragma once
 #include "decode_plan.cuh"
+#include "decode_strip.cuh"
 #include "table.cuh"
 
 namespace {
 
-template <bool ZEROS>
+using Words = uint32_t[WARP_UNITS][2 * STEPS];
+
+// What a lane has of token m's inputs, `stride` f16 a token: input 16 s + 8 h + 2 q + e of a unit is at 16 q + 4 s + 2 h + e. `first` and
+// `units`: those of the warp. In place of a token or a unit that is not there another one's, since all must be read: registers that
+// are written under a condition are taken for occupied all the time.
+__device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* activations, uint32_t stride, uint32_t m, uint32_t tokens,
+                                      uint32_t first, uint32_t units, uint32_t layer) {
+    const uint16_t* from = activations + min(m, tokens - 1) * stride + first * UNIT_INPUTS + threadIdx.x % 4 * 16;
+    const auto load = [&] {
+        bool complete = true;
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<uint4*>(w[i] + 4 * half) =
+                    load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT_INPUTS) + half);
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+            for (int j = 0; j < 2 * STEPS; j++) complete &= w[i][j] != NOT_READY;
+        return complete;
+    };
+    const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY; };
+    poll(p, Awaited::WIDE, layer, glance, load);
+}
+
+template <bool ZEROS, int TILES>
 struct Consumer {
     using S = Shared<ZEROS>;
+    using Inputs = FixedInputs<WARP_UNITS, TILES>;
     const Args& p;
     S& shared;
+    // Kept in registers: the compiler would read and compute them anew for each strip, 50 cycles each.
+    const uint32_t base, thread;
     uint32_t tokens, turn = 0, phase = 0, slot = 0, slot_phase = 0;
-    StripInputs<WARP_UNITS, 1, ZEROS> x;
+    Inputs x;
 
-    static __device__ __forceinline__ uint32_t warp() { return threadIdx.x / 32; }
-    static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
+    __device__ __forceinline__ Consumer(const Args& p, S& shared, uint32_t tokens)
+        : p(p), shared(shared), base(opaque(smem_address(&shared))), thread(opaque(threadIdx.x)), tokens(tokens) {}
+    static __device__ __forceinline__ uint32_t opaque(uint32_t v) {
+        asm volatile("" : "+r"(v));
+        return v;
+    }
+    // Of something in `shared`.
+    template <typename T>
+    __device__ __forceinline__ uint32_t address(const T& at) const {
+        return anew(base) + (uint32_t)(reinterpret_cast<const uint8_t*>(&at) - reinterpret_cast<const uint8_t*>(&shared));
+    }
+    // With two tiles what follows from these is computed anew each time: registers are short.
+    static __device__ __forceinline__ uint32_t anew(uint32_t v) { return TILES == 1 ? v : opaque(v); }
+    __device__ __forceinline__ uint32_t warp() const { return anew(thread) / 32; }
+    __device__ __forceinline__ uint32_t lane() const { return anew(thread) % 32; }
     // Of each strip this warp has `units()` units from first() on.
     __device__ __forceinline__ uint32_t first() const { return min(warp() * WARP_UNITS, p.units); }
     __device__ __forceinline__ uint32_t units() const { return min(first() + WARP_UNITS, p.units) - first(); }
@@ -27,30 +70,38 @@ struct Consumer {
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
     }
 
-    // Hands this warp's share of a strip's sums to the storer, and then the strip's stage back to the producer: not earlier, since an
-    // arrival may overtake reads whose values nobody has needed yet.
-    template <bool SINGLE>
-    __device__ __forceinline__ void hand_over(const float acc[4], uint32_t stage, uint32_t arrivals) {
-        const uint32_t token = lane() % 4 * 2;
-        barrier_wait(&shared.sums_empty[slot], slot_phase ^ 1);
-        float* to = &shared.sums[slot][warp()][token * SUM_STRIDE + lane() / 4];
-        if (token < tokens) to[0] = acc[0], to[8] = acc[2];
-        if (!SINGLE && token + 1 < tokens) to[SUM_STRIDE] = acc[1], to[SUM_STRIDE + 8] = acc[3];
-        __syncwarp();
-        if (lane() == 0) barrier_arrive(&shared.sums_full[slot]), barrier_arrive(&shared.empty[stage], arrivals);
+    // Where a lane's sums of a token go: rows g and g + 8.
+    __device__ __forceinline__ uint32_t sums_of(uint32_t token, uint32_t thread) const {
+        return address(shared.sums[0][0][0]) + ((slot * CONSUMERS + thread / 32) * TOKENS + token) * (SUM_STRIDE * 4) +
+               thread % 32 / 4 * 4;
+    }
+    __device__ __forceinline__ void put(uint32_t to, float low, float high) const {
+        asm volatile("st.shared.f32 [%0], %1;\n\tst.shared.f32 [%0 + 32], %2;" ::"r"(to), "f"(low), "f"(high) : "memory");
+    }
+    __device__ __forceinline__ uint32_t sums_full() const { return address(shared.sums_full[0]) + slot * 8; }
+    __device__ __forceinline__ uint32_t sums_empty() const { return address(shared.sums_empty[0]) + slot * 8; }
+    __device__ __forceinline__ void next_slot() {
         if (++slot == SUM_SLOTS) slot = 0, slot_phase ^= 1;
     }
 
-    template <bool SINGLE>
+    // Multiplies the next strip, hands this warp's share of the sums to the storer, and then the strip's stage back to the producer: not
+    // earlier, since an arrival may overtake reads whose values nobody has needed yet.
     __device__ __forceinline__ void strip() {
-        const uint32_t stage = stage_of(p, turn, warp() / GROUP_WARPS);
-        barrier_wait(&shared.full[stage], phase);
-        float acc[4] = {0.f, 0.f, 0.f, 0.f};
-        const uint8_t* units = shared.ring[stage] + warp() % GROUP_WARPS * WARP_UNITS * S::BYTES;
+        const uint32_t thread = anew(this->thread), lane = thread % 32, warp = thread / 32;
+        const uint32_t stage = stage_of(p, turn, warp / GROUP_WARPS), unit = warp % GROUP_WARPS * (WARP_UNITS * S::BYTES);
+        const bool free = barrier_test(sums_empty(), slot_phase ^ 1);  // asked early: the answer takes a while
+        barrier_wait(address(shared.full[0]) + stage * 8, phase);
+        float sum[TILES][2];
+        multiply_strip<ZEROS>(sum, address(shared.ring[0][0]) + stage * S::STAGE_BYTES + unit, x, lane);
+        if (!free) barrier_wait(sums_empty(), slot_phase ^ 1);
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) multiply_unit<SINGLE>(acc, units + i * S::BYTES, x, i, lane());
-        scale_rows(acc);
-        hand_over<SINGLE>(acc, stage, 1);
+        for (int t = 0; t < TILES; t++) {
+            const uint32_t token = t * COLUMN_TOKENS + lane % 4;
+            if (token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8);
+        next_slot();
         if (++turn == S::DEPTH) turn = 0, phase ^= 1;
     }
 
@@ -128,89 +179,103 @@ struct Consumer {
         return make_float2(mean, rsqrtf(all_squares * p.hidden_share + p.epsilon));
     }
 
-    // x = norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself. More: the
-    // blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
+    // Norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself, and it is in
+    // shared.inputs. More: the blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
     template <bool SINGLE>
     __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
         const uint32_t m = SINGLE ? 0 : norm_owner_of();
         if (SINGLE || m < tokens) norm_token(residual + m * p.hidden, weight, bias, layer);
-        if (SINGLE) {
-#pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++) {
-                const uint4* from = reinterpret_cast<const uint4*>(shared.inputs[warp()] + i * 32 + lane() % 4 * 8);
-                const bool present = lane() < 4;
-                *reinterpret_cast<uint4*>(x.b[i]) = present ? from[0] : make_uint4(0, 0, 0, 0);
-                *reinterpret_cast<uint4*>(x.b[i] + 4) = present ? from[1] : make_uint4(0, 0, 0, 0);
-            }
-            __syncwarp();
-            x.add_up();
-            return;
-        }
+        if (SINGLE || m >= tokens) return;
         uint16_t* normed = normed_of(p, layer);
-        if (m < tokens)
-            for (uint32_t i = lane(); i < units() * 32; i += 32)
-                store_relaxed(normed + m * p.hidden + first() * UNIT_INPUTS + 2 * i, shared.inputs[warp()][i]);
+        for (uint32_t i = lane(); i < units() * 32; i += 32)
+            store_relaxed(normed + m * p.hidden + first() * UNIT_INPUTS + 2 * i, shared.inputs[warp()][i]);
         __syncwarp();
-        load(normed, p.hidden, layer);
-        consumers_sync();  // as with one token: no warp is a layer ahead of another
     }
-
-    // x = this warp's inputs of `stride` f16 a token, in the order of the operands: input 16 s + 8 h + 2 q + e of a unit at
-    // 16 q + 4 s + 2 h + e.
-    __device__ __forceinline__ void load(const uint16_t* activations, uint32_t stride, uint32_t layer) {
-        const uint32_t m = lane() / 4, units = this->units();
-        const bool present = m < tokens;
-        const uint16_t* from = activations + (present ? m : 0) * stride + first() * UNIT_INPUTS + lane() % 4 * 16;
+    __device__ __forceinline__ uint32_t own_inputs() const { return address(shared.inputs[0][0]) + warp() * sizeof(shared.inputs[0]); }
+    // The same of the one token's norm, in shared.inputs.
+    __device__ __forceinline__ void fetch_own(Words& w) const {
+        const uint32_t from = own_inputs() + lane() % 4 * 32;
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 16);
+    }
+    // x = this warp's inputs.
+    __device__ __forceinline__ void take(const uint16_t* activations, uint32_t stride, uint32_t layer) {
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            Words w;
+            fetch(w, p, activations, stride, t * COLUMN_TOKENS + lane() / 8, tokens, first(), units(), layer);
+            x.set(t, w, lane());
+        }
+        x.add_up(lane());
+    }
+    // x = this warp's inputs of the one token.
+    __device__ __forceinline__ void take_one(const uint16_t* activations, uint32_t layer) {
+        const uint32_t present = units() * 8;
+        const uint4* from = reinterpret_cast<const uint4*>(activations + first() * UNIT_INPUTS);
+        uint4 pieces[Inputs::PIECES];
         const auto load = [&] {
             bool complete = true;
 #pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    uint4 v = make_uint4(0, 0, 0, 0);
-                    if (present && i < units) v = load_relaxed(reinterpret_cast<const uint4*>(from + i * UNIT_INPUTS) + half);
-                    *reinterpret_cast<uint4*>(x.b[i] + 4 * half) = v;
-                }
-#pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++)
-#pragma unroll
-                for (int j = 0; j < 2 * STEPS; j++) complete &= x.b[i][j] != NOT_READY;
+            for (int i = 0; i < Inputs::PIECES; i++) {
+                pieces[i] = load_relaxed(from + min(lane() + 32 * i, present - 1));
+                complete &= ready(pieces[i]);
+            }
             return complete;
         };
         const auto glance = [&] {
-            return !present || units == 0 || load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY;
+            return lane() >= units() || load_relaxed(reinterpret_cast<const uint32_t*>(from + lane() * 8)) != NOT_READY;
         };
         poll(p, Awaited::WIDE, layer, glance, load);
-        x.add_up();
+        x.set_one(pieces, own_inputs(), lane());
+        x.add_up(lane());
+    }
+    // x = the one token's norm, in shared.inputs.
+    __device__ __forceinline__ void take_own() {
+        uint4 pieces[Inputs::PIECES];
+#pragma unroll
+        for (int i = 0; i < Inputs::PIECES; i++)
+            pieces[i] = load_shared16(own_inputs() + min(lane() + 32 * i, units() * 8 - 1) * 16);
+        __syncwarp();
+        x.set_one(pieces, own_inputs(), lane());
+        x.add_up(lane());
     }
 
     // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
     // could take the phase before the last for the one it waits for.
-    __device__ __forceinline__ void head() {
+    __device__ __forceinline__ void head(const Words& b) {
         const uint32_t group = warp() / GROUP_WARPS, warps = readers(p, group), turns = S::DEPTH / warps * warps;
         uint32_t phases = turn_phases(turn, phase);
         turn = warp() % GROUP_WARPS;
 #pragma unroll 1
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
-            const uint32_t stage = stage_of(p, turn, group);
-            barrier_wait(&shared.full[stage], phases >> turn & 1);
-            const uint8_t* unit = shared.ring[stage] + lane() * 16;
+            const uint32_t stage = stage_of(p, turn, group), from = address(shared.ring[0][0]) + stage * S::STAGE_BYTES + lane() * 16;
+            barrier_wait(address(shared.full[0]) + stage * 8, phases >> turn & 1);
             float acc[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
-                if (i >= units()) break;
-                // A chain of one unit, then an f32 add: the tensor core's own adds truncate.
+                // A chain of one unit, then an f32 add: the tensor core's own adds truncate. In place of a unit that is not there any
+                // other, which is not added.
+                const uint32_t unit = from + (i < units() ? i * TABLE_UNIT_BYTES : 0);
                 float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const uint4 a = *reinterpret_cast<const uint4*>(unit + i * TABLE_UNIT_BYTES + s * 512);
+                    const uint4 a = load_shared16(unit + s * 512);
                     const uint32_t words[4] = {a.x, a.y, a.z, a.w};
-                    mma(c, words, x.b[i][2 * s], x.b[i][2 * s + 1]);
+                    mma(c, words, b[i][2 * s], b[i][2 * s + 1]);
                 }
 #pragma unroll
-                for (int j = 0; j < 4; j++) acc[j] += c[j];
+                for (int j = 0; j < 4; j++) acc[j] += i < units() ? c[j] : 0.f;
             }
-            hand_over<false>(acc, stage, warps);
+            barrier_wait(sums_empty(), slot_phase ^ 1);
+            const uint32_t token = lane() % 4 * 2;
+            if (token < tokens) put(sums_of(token, thread), acc[0], acc[2]);
+            if (token + 1 < tokens) put(sums_of(token + 1, thread), acc[1], acc[3]);
+            __syncwarp();
+            if (lane() == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8, warps);
+            next_slot();
             phases ^= 1u << turn;
             turn += warps;
             if (turn >= turns) turn -= turns;
@@ -235,18 +300,30 @@ struct Consumer {
     __device__ void run(uint64_t* residual, uint64_t* next) {
         embed(residual, next);
 #pragma unroll 1
-        for (uint32_t l = 0;; l++) {
-            const bool last = l == p.layers;
-            norm<SINGLE>(residual, last ? p.final_weight : p.layer[l].norm_weight, last ? p.final_bias : p.layer[l].norm_bias, l);
-            if (last) break;
+        for (uint32_t l = 0; l < p.layers; l++) {
+            norm<SINGLE>(residual, p.layer[l].norm_weight, p.layer[l].norm_bias, l);
+            // As with one token: no warp is a layer ahead of another.
+            if (!SINGLE) consumers_sync();
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
+            if (SINGLE) take_own();
+            else take(normed_of(p, l), p.hidden, l);
 #pragma unroll 1
-            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip<SINGLE>();
+            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
             const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
             for_each_down_dense(
-                p, [&](uint32_t slice) { load(wide + slice * p.hidden, p.wide_size, l); }, [&](uint32_t, uint32_t) { strip<SINGLE>(); });
+                p,
+                [&](uint32_t slice) {
+                    if (SINGLE) take_one(wide + slice * p.hidden, l);
+                    else take(wide + slice * p.hidden, p.wide_size, l);
+                },
+                [&](uint32_t, uint32_t) { strip(); });
         }
-        if (warp() < p.owners) head();
+        norm<SINGLE>(residual, p.final_weight, p.final_bias, p.layers);
+        if (warp() >= p.owners) return;
+        Words b;  // lane l holds token l / 4
+        if (SINGLE) fetch_own(b);
+        else fetch(b, p, normed_of(p, p.layers), p.hidden, lane() / 4, tokens, first(), units(), p.layers);
+        head(b);
     }
 };
 

@@ -12,7 +12,7 @@
 #include "attn_decode.cuh"
 #include "bulk.cuh"
 #include "decode_words.cuh"
-#include "strip.cuh"
+#include "units.cuh"
 
 namespace {
 
@@ -23,6 +23,7 @@ constexpr uint32_t WARP_UNITS = 6;    // most units of a strip a warp owns
 constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
 constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 constexpr uint32_t IN_FLIGHT = 1;     // copies of a group under way
+constexpr uint32_t HEAD_IN_FLIGHT = 2;  // in the head, where nobody waits for anything else
 constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
 constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
 // Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.

@@ -20,15 +20,22 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.875 ms a token: 4111 MB at the 4.70 TB/s an H200 reads at best.
-// Measured  1 token  1.113 ms at position 128 (3.69 TB/s, 79 %), 1.219 ms at 2040; 2, 4, 8 tokens at 128: 1.23, 1.30, 1.47 ms; 8 at 2040:
-//           2.41 ms. With zero points 1.167 ms. H200, steps back to back in a graph.
-// Bound     0.86 ms are the consumers' instructions alone (no copies, no waits), at the 1.8 GHz the SM keeps under this load; then about
-//           9 us a layer for four joins, of which the full ring hides a part: norm 1.9, its inputs 2.4, a slice 3.1, attention 1.2 us.
-//           The head takes 137 us.
-// Tried     (ms a step, 1 token at 128, against 1.113)
+// Measured  1 token  1.066 ms at position 128 (3.86 TB/s, 82 %), 1.137 ms at 2040; 2 tokens 1.15 to 1.17, 4 tokens 1.18 to 1.21 ms at 128.
+//           With zero points 1.103 ms. H200, steps back to back in a graph. 5 to 8 tokens: not measured since the inputs of the second
+//           tile of columns got their registers (2.6 ms before, most of it spills in every strip).
+// Bound     The stream: without any waiting for each other, blocks take 1.044 ms (0.996 with two copies in flight a lane, whose queues
+//           cost more at the joins than they bring). Without copies and waits the consumers take 0.64 ms, of which 0.4 are strips. A
+//           layer is 29.3 us; waits for x are 4.6 us of it, the norm 2.4, a slice 1.8, attention's output 1.0, most of it hidden by the
+//           ring. The head takes 120 us.
+// Tried     (ms a step, 1 token at 128)
+//           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
+//           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
+//           bytes as now, by 8 warps of 9 units                                                             1.108; at 2040 1.130
+//           one lane with two copies in flight                                                              1.102
+//           one copy in flight a lane in the head too                                                       +0.01
+//           before bytes (against 1.113):
 //           three runs of [down | dense] with inputs asked for ahead by cp.async     1.176: more joins than it saved, more registers
 //           unpacking by mul.hi on the FMA pipe instead of shifts                    1.201
-//           one chain of four mma a unit: ptxas serialises it                        +0.13 of the 0.86 compute alone
 //           4, 5 copies in flight a block, or 2 a lane                               1.157, 1.178, 1.151
 //           copies without evict-first                                               1.236
 //           one thread as producer of all groups                                     1.12
@@ -37,8 +44,11 @@
 //           attention in chunks of 64 keys                                           the same; 8 tokens at 2040: 2.99 instead of 2.42
 // Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
 //           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
-// Next      u8 codes on the integer tensor core (3 logic operations for 8 weights), or wgmma with four row tiles a warpgroup.
-// Spills    980 bytes: most in attention, once an item, and the norm, once a layer; a few words of counters in loops over strips.
+//           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
+//           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
+// Next      Producer lanes that do not wait for each other (they share a warp), so that 40 KB are in flight all the time; chunks of
+//           8 KB; the norm in fewer instructions (970 a warp).
+// Spills    1028 bytes: most in attention, once an item, and the norm, once a layer; two or three words in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"
@@ -140,9 +150,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         uint64_t *residual = p.x + half * TOKENS * p.hidden, *next = p.x + (half ^ 1) * TOKENS * p.hidden;
         if (tokens == 0) {
         } else if (warp < CONSUMERS) {
-            Consumer<ZEROS> consumer{p, shared, tokens};
-            if (tokens == 1) consumer.template run<true>(residual, next);
-            else consumer.template run<false>(residual, next);
+            if (tokens == 1) Consumer<ZEROS, 1>(p, shared, tokens).template run<true>(residual, next);
+            else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, 1>(p, shared, tokens).template run<false>(residual, next);
+            else Consumer<ZEROS, 2>(p, shared, tokens).template run<false>(residual, next);
         } else if (warp == STORER) {
             Storer<ZEROS> storer{p, shared, tokens};
             storer.run(residual);

@@ -116,12 +116,12 @@ __global__ void __launch_bounds__(THREADS, 1) gptq_gemv_kernel(const __grid_cons
         if (units >= LAST) {
             // No branch between the units, so that they overlap.
 #pragma unroll
-            for (int i = 0; i < LAST; i++) multiply_unit<false>(acc, strip + i * BYTES, x, i, lane);
-            if (units > LAST) multiply_unit<false>(acc, strip + LAST * BYTES, x, LAST, lane);
+            for (int i = 0; i < LAST; i++) multiply_unit(acc, strip + i * BYTES, x, i, lane);
+            if (units > LAST) multiply_unit(acc, strip + LAST * BYTES, x, LAST, lane);
         } else {
 #pragma unroll
             for (int i = 0; i < LAST; i++)
-                if (i < units) multiply_unit<false>(acc, strip + i * BYTES, x, i, lane);
+                if (i < units) multiply_unit(acc, strip + i * BYTES, x, i, lane);
         }
         scale_rows(acc);
         stage = stage + 1 == STAGES ? 0 : stage + 1;

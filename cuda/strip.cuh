@@ -1,5 +1,5 @@
-// strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Shared by gptq_gemv
-// and decode_step, so that both have one arithmetic.
+// strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Used by gptq_gemv;
+// decode_step, which keeps its inputs for a whole phase, has decode_strip.cuh.
 #pragma once
 #include "units.cuh"
 
@@ -29,8 +29,8 @@ struct StripInputs {
 
 // acc[16 rows x 8 tokens] += one unit * x, with rows g and g + 8 each at their power of two. Two chains of mma for a scale's inputs, not
 // one: a chain is waited for 33 cycles a link, and the compiler puts one unit's behind the other's. The zero points' share is where
-// a chain begins. SINGLE: there is one token; the odd columns are left alone.
-template <bool SINGLE, int UNITS, int SCALES, bool ZEROS>
+// a chain begins.
+template <int UNITS, int SCALES, bool ZEROS>
 __device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const StripInputs<UNITS, SCALES, ZEROS>& x, int i,
                                               uint32_t lane) {
     const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
@@ -43,7 +43,7 @@ __device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit,
             ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(1.f, 1.f);
         constexpr float RATIO = CODE_LOW_SCALE / CODE_HIGH_SCALE;
         const float2 low = x.offset[i][h], high = make_float2(low.x * RATIO, low.y * RATIO);
-        float c[2][4] = {{zero.x * low.x, SINGLE ? 0.f : zero.x * low.y, zero.y * high.x, SINGLE ? 0.f : zero.y * high.y},
+        float c[2][4] = {{zero.x * low.x, zero.x * low.y, zero.y * high.x, zero.y * high.y},
                          {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit,
             mma(c[s % 2], a, x.b[i][2 * s], x.b[i][2 * s + 1]);
         }
         acc[0] += scale.x * (c[0][0] + c[1][0]), acc[2] += scale.y * (c[0][2] + c[1][2]);
-        if (!SINGLE) acc[1] += scale.x * (c[0][1] + c[1][1]), acc[3] += scale.y * (c[0][3] + c[1][3]);
+        acc[1] += scale.x * (c[0][1] + c[1][1]), acc[3] += scale.y * (c[0][3] + c[1][3]);
     }
 }
 // Undoes the powers of two of a strip's sums.

@@ -1,0 +1,228 @@
+// decode_strip — 16 output rows x a warp's UNITS units, on the integer tensor core. Used by decode_step.
+//
+// Inputs      16-bit fixed point, one scale for a token's inputs of this warp: x = step * v, |v| <= 32639, v = 256 high + low. Both are
+//             signed bytes, and columns of the product: column 2 t is token t's high bytes, 2 t + 1 its low ones. A token of four more
+//             is in a second tile of columns.
+//             The rounding is to 2^-16 of the largest input; f16, which the inputs come from, rounds that one to 2^-12.
+// Codes       two words of a lane are the A operand of mma.m16n8k32 with a mask each for rows g and g + 8: two operations for 8 weights,
+//             where f16 takes five. Rows g + 8 are 16 times too large, which the end undoes.
+//
+//                 word s   nibble   7     6     5     4     3     2     1     0       & 0x0f0f0f0f: row g, bytes k 2q, 2q+8, 2q+1, 2q+9
+//                          k, row  2q+9  2q+9  2q+1  2q+1  2q+8  2q+8  2q    2q       & 0xf0f0f0f0: row g + 8, the same
+//                                  g+8   g     g+8   g     g+8   g     g+8   g
+//
+// Sums        of a unit are exact integers below 2^21. They start at the bits of 1.5 * 2^23, so that they are f32 numbers already.
+// Zero points are subtracted at the end: a product of scales (x zero points) and the sums of a unit's v, whose k is the unit. As f16 the
+//             sums are a pair, exactly.
+#pragma once
+#include "units.cuh"
+
+// c[16 x 8] += a[16 x 32] * b[32 x 8], bytes; a is unsigned.
+__device__ __forceinline__ void mma_bytes(uint32_t c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ uint4 load_shared16(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared8(uint32_t address, uint32_t v, uint32_t w) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v), "r"(w) : "memory");
+}
+
+constexpr uint32_t FLOAT_ZERO = 0x4b400000;  // 1.5 * 2^23: adding an integer below 2^22 to these bits adds it to the number
+constexpr float FLOAT_ZERO_VALUE = 12582912.f;
+constexpr float FIXED_MOST = 32639.f;  // 127 * 256 + 127
+constexpr uint32_t COLUMN_TOKENS = 4;  // of a tile of 8 columns
+
+// What a lane holds of a warp's inputs: columns g of TILES tiles.
+template <int UNITS, int TILES>
+struct FixedInputs {
+    static constexpr int PIECES = (UNITS * 8 + 31) / 32;
+    uint32_t b[TILES][UNITS][STEPS];
+    float step[TILES];    // of token q, 4 + q
+    uint32_t sums[2];     // of v / 64 as B operand of m16n8k16: column 2 t is token t, 2 t + 1 token 4 + t; and what f16 left out
+
+    // Tile t from f16: w[i] is what column g's token has at k 16 s + 8 h + 2 q, + 1 of unit i, at 2 s + h. Units beyond the warp's have
+    // codes and scales of zero: their inputs do not matter, as long as they are not larger than the others.
+    __device__ __forceinline__ void set(int t, const uint32_t (&w)[UNITS][2 * STEPS], uint32_t lane) {
+        uint32_t top = 0;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++)
+#pragma unroll
+            for (int j = 0; j < 2 * STEPS; j++) top = most(top, w[i][j]);
+        uint32_t bits = bits_of(top);
+        bits = max(bits, __shfl_xor_sync(~0u, bits, 1)), bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
+        const float largest = __uint_as_float(bits), inverse = inverse_of(largest);
+        const bool low = lane / 4 % 2;
+        const uint32_t pick = low ? 0x40 : 0x51, flip = low ? 0x80808080u : 0;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++)
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) {
+                const float2 x = __half22float2(as_half2(w[i][2 * s])), y = __half22float2(as_half2(w[i][2 * s + 1]));
+                const uint32_t first = __byte_perm(as_fixed(x.x, inverse), as_fixed(y.x, inverse), pick);
+                const uint32_t next = __byte_perm(as_fixed(x.y, inverse), as_fixed(y.y, inverse), pick);
+                b[t][i][s] = __byte_perm(first, next, 0x5410) ^ flip;
+            }
+        step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
+    }
+    // The same for one token alone, whose inputs all lanes have a part of: piece c = lane + 32 i is the eight f16 from 8 c on. Each is
+    // converted once, not by both its columns, and reaches them through `bytes`, the shared address of two planes of UNITS * 64 bytes.
+    // Two thirds of the instructions of `set`; with more tokens `set` has fewer. The bits are the same.
+    __device__ __forceinline__ void set_one(const uint4 (&pieces)[PIECES], uint32_t bytes, uint32_t lane) {
+        uint32_t top = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) top = most(most(most(most(top, pieces[i].x), pieces[i].y), pieces[i].z), pieces[i].w);
+        const float largest = __uint_as_float(__reduce_max_sync(~0u, bits_of(top))), inverse = inverse_of(largest);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const uint32_t c = lane + 32 * i;
+            uint32_t high[2], low[2];
+            both(pieces[i].x, pieces[i].y, inverse, high[0], low[0]), both(pieces[i].z, pieces[i].w, inverse, high[1], low[1]);
+            if (c < UNITS * 8) store_shared8(bytes + c * 8, high[0], high[1]), store_shared8(bytes + UNITS * 64 + c * 8, low[0], low[1]);
+        }
+        __syncwarp();
+        const uint32_t from = bytes + lane / 4 % 2 * (UNITS * 64) + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const uint4 v = lane < 8 ? load_shared16(from + i * 64) : make_uint4(0, 0, 0, 0);
+            b[0][i][0] = v.x, b[0][i][1] = v.y, b[0][i][2] = v.z, b[0][i][3] = v.w;
+        }
+        step[0] = largest * (1.f / FIXED_MOST);
+        __syncwarp();
+    }
+    // v + 128 in 16 bits: the upper byte is the nearest multiple of 256, the lower one what is left, plus 128.
+    static __device__ __forceinline__ uint32_t as_fixed(float x, float inverse) {
+        return __float_as_uint(__fmaf_rn(x, inverse, FLOAT_ZERO_VALUE + 128.f));
+    }
+    // Inputs 2q, 2q + 1 and 2q + 8, 2q + 9, as bytes in the order of the codes.
+    static __device__ __forceinline__ void both(uint32_t even, uint32_t odd, float inverse, uint32_t& high, uint32_t& low) {
+        const float2 x = __half22float2(as_half2(even)), y = __half22float2(as_half2(odd));
+        const uint32_t a = __byte_perm(as_fixed(x.x, inverse), as_fixed(y.x, inverse), 0x5140);  // low, low, high, high
+        const uint32_t c = __byte_perm(as_fixed(x.y, inverse), as_fixed(y.y, inverse), 0x5140);
+        low = __byte_perm(a, c, 0x5410) ^ 0x80808080u, high = __byte_perm(a, c, 0x7632);
+    }
+    static __device__ __forceinline__ uint32_t bits_of(uint32_t pair) {
+        return __float_as_uint(__half2float(__hmax_nan(__low2half(as_half2(pair)), __high2half(as_half2(pair)))));
+    }
+    static __device__ __forceinline__ float inverse_of(float largest) { return largest > 0.f ? __fdividef(FIXED_MOST, largest) : 0.f; }
+    static __device__ __forceinline__ uint32_t most(uint32_t a, uint32_t b) {
+        return as_u32(__hmax2_nan(as_half2(a), __habs2(as_half2(b))));
+    }
+
+    // After the last tile: sums. A product with ones in row i for unit i; transposed it is the operand.
+    __device__ __forceinline__ void add_up(uint32_t lane) {
+        const uint32_t g = lane / 4;
+        uint32_t c[TILES][2][4] = {};
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const uint32_t ones = g == i ? 0x01010101u : 0, a[4] = {ones, 0, ones, 0};
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                mma_bytes(c[t][0], a, b[t][i][0], b[t][i][1]), mma_bytes(c[t][1], a, b[t][i][2], b[t][i][3]);
+            }
+        }
+        float mean[2] = {0.f, 0.f};
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+            const int high = c[t][0][0] + c[t][1][0], low = c[t][0][1] + c[t][1][1];
+            mean[t] = __int2float_rn(high * 256 + low) * (1.f / UNIT_INPUTS);
+        }
+        const __half2 v = __floats2half2_rn(mean[0], mean[1]);
+        const __half2 rest = __floats2half2_rn(mean[0] - __low2float(v), mean[1] - __high2float(v));
+        sums[0] = transpose(as_u32(v)), sums[1] = transpose(as_u32(rest));
+    }
+    static __device__ __forceinline__ uint32_t transpose(uint32_t v) {
+        uint32_t r;
+        asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+        return r;
+    }
+};
+
+// z += factors x sums; factors: (row g, row g + 8) of units 2q, 2q + 1.
+__device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2], uint32_t sums) {
+    const uint32_t a[4] = {__byte_perm(factors[0], factors[1], 0x5410), __byte_perm(factors[0], factors[1], 0x7632), 0, 0};
+    mma(z, a, sums, 0);
+}
+
+// sum[tile][0], [1]: rows g, g + 8 of tokens q, 4 + q, of `units` (a shared address) times x.
+template <bool ZEROS, int UNITS, int TILES>
+__device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t units, const FixedInputs<UNITS, TILES>& x, uint32_t lane) {
+    constexpr int BYTES = unit_bytes<1, ZEROS>(), SIDE = 3, AHEAD = TILES == 1 ? UNITS : SIDE;
+    static_assert(UNITS <= 8, "a unit is a row of a product, and two are a lane's");
+    uint4 codes[UNITS];
+    uint32_t scales[UNITS], pair[2] = {}, zero[2] = {};
+    const uint32_t q = units + UNIT_CODE_BYTES + lane / 4 * 4;
+    const auto load = [&](int i) {
+#pragma unroll
+        for (int n = i; n < i + SIDE; n++) codes[n] = load_shared16(units + n * BYTES + lane * 16);
+#pragma unroll
+        for (int n = i; n < i + SIDE; n++) scales[n] = load_shared4(q + n * BYTES);
+    };
+#pragma unroll
+    for (int i = 0; i < AHEAD; i += SIDE) load(i);
+    __syncwarp();  // for the compiler: these loads are asked for before the first is used
+    float acc[TILES][4] = {};  // high and low bytes of rows g, then of rows g + 8
+#pragma unroll
+    for (int i = 0; i < UNITS; i += SIDE) {
+        uint32_t c[SIDE][TILES][4];
+#pragma unroll
+        for (int n = 0; n < SIDE; n++)
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) c[n][t][j] = FLOAT_ZERO;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < SIDE; n++) {
+                const uint32_t v = h ? codes[i + n].z : codes[i + n].x, w = h ? codes[i + n].w : codes[i + n].y;
+                const uint32_t a[4] = {v & 0x0f0f0f0fu, v & 0xf0f0f0f0u, w & 0x0f0f0f0fu, w & 0xf0f0f0f0u};
+#pragma unroll
+                for (int t = 0; t < TILES; t++) mma_bytes(c[n][t], a, x.b[t][i + n][2 * h], x.b[t][i + n][2 * h + 1]);
+            }
+        if (i + AHEAD < UNITS) load(i + AHEAD);
+#pragma unroll
+        for (int n = 0; n < SIDE; n++) {
+            const float2 scale = __half22float2(as_half2(scales[i + n]));
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    acc[t][j] = __fmaf_rn(j < 2 ? scale.x : scale.y, __uint_as_float(c[n][t][j]) - FLOAT_ZERO_VALUE, acc[t][j]);
+        }
+    }
+    // Of a unit that is none: any scale, its sums are zeros.
+    const uint32_t own = q + min(lane % 4, (UNITS - 1) / 2) * 2 * BYTES;
+    pair[0] = load_shared4(own), pair[1] = load_shared4(own + BYTES);
+    if (ZEROS) zero[0] = load_shared4(own + UNIT_SCALE_BYTES), zero[1] = load_shared4(own + BYTES + UNIT_SCALE_BYTES);
+    float z[4] = {0.f, 0.f, 0.f, 0.f};
+    if (ZEROS) {
+        // A scale times a zero point has more bits than an f16: two of them.
+        uint32_t rest[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const __half2 whole = __hmul2(as_half2(pair[k]), as_half2(zero[k]));
+            rest[k] = as_u32(__hfma2(as_half2(pair[k]), as_half2(zero[k]), __hneg2(whole))), pair[k] = as_u32(whole);
+        }
+        subtrahend(z, rest, x.sums[0]);
+    }
+    subtrahend(z, pair, x.sums[1]);
+    subtrahend(z, pair, x.sums[0]);
+    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float whole = __fmaf_rn(acc[t][2 * r], 256.f, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f);
+            sum[t][r] = __fmaf_rn(z[2 * r + t], -ZERO, whole) * x.step[t];
+        }
+}
