@@ -57,6 +57,7 @@ pub mod sampler;
 mod scratch;
 pub mod speculate;
 pub mod synth;
+pub mod timing;
 pub mod tokenizer;
 #[cfg(feature = "cuda")]
 mod trace;
