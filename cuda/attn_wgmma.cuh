@@ -13,7 +13,7 @@
 // Floor    one layer at 2048 tokens: 38 GFLOP, 40 us at 950 TFLOP/s; as many exponentials as the special function units make in 40 us.
 // Measured 97 us a layer at 2048 tokens (392 TFLOP/s), 13.9 at 512, 9.2 at 256, 5.4 at 128, 53 for 512 tokens behind 1536; H200, launches
 //          back to back, overlapping. The same run: mma.sync 200, 21.6, 9.8, 6.4, 102; PyTorch 2.11 by cuDNN 109 at 2048 tokens, by
-//          FlashAttention 2 170. At 128 tokens and less a loop of calls shows the host, 4 to 5 us a call; the narrow kernel takes 3.6 at 64.
+//          FlashAttention 2 170. At 128 tokens and less a loop of calls shows the host, 4 to 5 us a call; the narrow kernel: 3.6 at 64.
 // Tried    (us at 2048; the same with two waits, for scores and then for values, took 100) 96 keys without taking turns: 105; 128 keys,
 //          queries in shared memory: 103; 3 x 64 keys: 109; 4 x 64 keys: 106; 2 x 128 keys: 121. Holding the softmax in front of the
 //          wait for the values' product, as FlashAttention 3 does (ptxas moves that wait to the front otherwise): 103.5, and 120 with
