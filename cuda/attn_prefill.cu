@@ -1,13 +1,14 @@
 // attn_prefill — multi-query causal attention of many tokens, flash style.   Reference: src/reference.rs::attention
 // Shapes   qkv [tokens, heads + 2, 64] f16 (queries rotated), caches [slots, max_context, 64] f16, out [tokens, out_stride] f16.
 //          The tokens are one slot's, at following positions; the first need not stand at 0.
-// Mapping  block = 64 tokens of one head, 4 warps of 16 rows; K and V come in tiles of 64 keys through two cp.async stages. The score
-//          matrix never leaves registers. Blocks with the longest context start first.
+// Mapping  Hopper: attn_wgmma.cuh. Elsewhere the kernel below: block = 64 tokens of one head, 4 warps of 16 rows; K and V come in tiles
+//          of 64 keys through two cp.async stages. The score matrix never leaves registers. Blocks with the longest context start first.
 // Cost     2048 tokens: 1.22 TFLOP causal in 32 layers; K and V (0.5 MB a layer) stay in L2.
-// Measured 200 us a layer at 2048 tokens (190 TFLOP/s), 22 us at 512, 6.3 us at 128; H200. Scaling the state only when a maximum has
-//          moved, and exp2 without subnormals: 215 us before.
+// Measured the kernel below, on an H200: 200 us a layer at 2048 tokens (191 TFLOP/s), 22 us at 512, 6.4 us at 128. Scaling the state only
+//          when a maximum has moved, and exp2 without subnormals: 215 us before.
 #include "launch.cuh"
 #include "attn.cuh"
+#include "attn_wgmma.cuh"
 
 namespace {
 
@@ -65,9 +66,26 @@ __global__ void __launch_bounds__(THREADS) attn_prefill_kernel(const __grid_cons
     }
 }
 
+template <typename Shape>
+int32_t launch_wgmma(const AttnPrefillParams* p, const Launch* l, uint32_t multiprocessors) {
+    const uint32_t tiles = (p->tokens * p->heads + Shape::ROWS - 1) / Shape::ROWS;
+    return launch(attn_wgmma_kernel<Shape>, dim3(min(tiles, multiprocessors)), Shape::THREADS, Shape::SMEM_BYTES, l, *p);
+}
+
 }  // namespace
 
 extern "C" int32_t attn_prefill(const AttnPrefillParams* p, const Launch* l) {
     if (p->tokens == 0 || p->heads == 0 || p->slots == 0 || p->out_stride % 2 || p->tokens > p->max_context) return PEREGRINE_BAD_SHAPE;
+    // What this GPU runs: machine code made for sm_90a, or what the driver made of the PTX for sm_80, where that kernel is empty.
+    cudaFuncAttributes made = {};
+    int device = 0, multiprocessors = 0;
+    cudaError_t e = cudaFuncGetAttributes(&made, attn_wgmma_kernel<AttnWide>);
+    if (e == cudaSuccess) e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return (int32_t)e;
+    if (made.ptxVersion == 90) {
+        const bool few = p->tokens * p->heads <= 2u * multiprocessors * AttnNarrow::ROWS;
+        return few ? launch_wgmma<AttnNarrow>(p, l, multiprocessors) : launch_wgmma<AttnWide>(p, l, multiprocessors);
+    }
     return launch(attn_prefill_kernel, dim3((p->tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS, p->heads), THREADS, 0, l, *p);
 }

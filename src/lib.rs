@@ -32,7 +32,7 @@
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
+//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt, timing` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
@@ -57,6 +57,7 @@ pub mod sampler;
 mod scratch;
 pub mod speculate;
 pub mod synth;
+pub mod timing;
 pub mod tokenizer;
 #[cfg(feature = "cuda")]
 mod trace;

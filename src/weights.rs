@@ -10,12 +10,14 @@
 use crate::checkpoint::{Checkpoint, FloatTensor, FloatType, GptqTensor, NormTensors};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::gpu::context::Event;
 use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
-use crate::gpu::{DevBuf, Gpu, Staging, Stream};
+use crate::gpu::{DevBuf, Gpu, Staging, Stream, total_time};
 use crate::inspect;
 use crate::layout::{HEAD_DIM, UNIT_ROWS, f32_to_f16};
 use crate::reference;
 use crate::repack::InputOrder;
+use crate::timing::LoadTimes;
 
 /// Called with bytes done and bytes in all.
 pub(crate) type Progress = fn(done_bytes: u64, total_bytes: u64);
@@ -58,6 +60,7 @@ impl Weights {
         stream: &Stream,
         checkpoint: &Checkpoint,
         progress: Option<Progress>,
+        times: &mut LoadTimes,
     ) -> Result<Weights> {
         let config = checkpoint.config();
         refuse_if_too_large(gpu, checkpoint)?;
@@ -68,6 +71,12 @@ impl Weights {
         let final_norm = loader.norm(checkpoint.final_norm(), config.norm_epsilon)?;
         let rope_table = DevBuf::from_host(stream, "rotary table", &rope_table(config))?;
         stream.synchronize()?;
+        let (filling, waiting) = loader.staging.host_times();
+        times.within("filling pinned memory", filling);
+        times.within("waiting for a copy to leave it", waiting);
+        times.within("copies to the GPU", loader.staging.copy_time()?);
+        times.within("repacking on the GPU", total_time(&loader.repacks)?);
+        times.lap("weights");
         Ok(Weights { embedding, head, layers, final_norm, rope_table })
     }
 
@@ -145,6 +154,8 @@ struct Loader<'a> {
     /// Raw tensors of the matrix, or rows of the table, being repacked.
     raw: DevBuf<u8>,
     threads: usize,
+    /// Before and behind each repack kernel.
+    repacks: Vec<(Event, Event)>,
     progress: Option<Progress>,
     done_bytes: u64,
     total_bytes: u64,
@@ -181,6 +192,7 @@ impl<'a> Loader<'a> {
             staging: Staging::new(gpu, stream)?,
             raw: DevBuf::zeros(stream, "upload buffer", raw_bytes)?,
             threads,
+            repacks: Vec::new(),
             progress,
             done_bytes: 0,
             total_bytes: total_bytes as u64,
@@ -232,7 +244,9 @@ impl<'a> Loader<'a> {
         for first in (0..vocab).step_by(rows_at_once.max(UNIT_ROWS)) {
             let rows = rows_at_once.max(UNIT_ROWS).min(vocab - first);
             self.upload_f16(0, table.rows(first, rows))?;
+            let before = self.stream.record(true)?;
             ops::table_repack(self.stream, &self.raw, rows, hidden, &mut units, first)?;
+            self.repacks.push((before, self.stream.record(true)?));
         }
         Ok(Table { units, vocab, hidden })
     }
@@ -331,7 +345,10 @@ impl<'a> Loader<'a> {
             groups: w.groups(),
             zero_offset: w.zero_offset,
         };
-        ops::gptq_repack(self.stream, &raw, to, row0, input0)
+        let before = self.stream.record(true)?;
+        ops::gptq_repack(self.stream, &raw, to, row0, input0)?;
+        self.repacks.push((before, self.stream.record(true)?));
+        Ok(())
     }
 }
 

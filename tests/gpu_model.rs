@@ -155,6 +155,29 @@ fn cuda_a_second_turn_sees_the_first() {
     assert!(difference <= PREFILL_TOLERANCE);
 }
 
+/// The same up to the end of the context, in pieces as long turns of a chat would be.
+#[test]
+fn cuda_long_turns_equal_one_pass() {
+    let Some(engine) = gpu("a") else { return };
+    let ids: Vec<u32> = golden::goldens("a")[2].ids.iter().copied().cycle().take(2048).collect();
+    let whole = golden::logits(&engine, &ids, false);
+    let mut session = engine.session(SessionOptions::default()).expect("session");
+    let mut all = Vec::new();
+    let mut rest = ids.as_slice();
+    for length in [500, 1, 700, 65, 782] {
+        let turn;
+        (turn, rest) = rest.split_at(length);
+        let mut sink = |logits: &[f32]| {
+            all.extend_from_slice(logits);
+            Ok(())
+        };
+        session.logits(turn, false, &mut sink).expect("logits");
+    }
+    let difference = golden::worst(&all, &whole);
+    println!("2048 tokens in five turns and in one pass differ by {difference:.2e}");
+    assert!(difference <= PREFILL_TOLERANCE);
+}
+
 #[test]
 fn cuda_the_context_ends_at_2048_tokens() {
     let Some(engine) = gpu("a") else { return };

@@ -56,7 +56,9 @@ pub(super) fn run(mut args: Args) -> Result<()> {
     let template =
         if matches!(prompt_text, Prompt::Ids(_)) { Template::None } else { flags.template(&engine) };
     let sampling = flags.with_stops_of(template);
+    let loaded_seconds = model::seconds_running();
     let mut session = model.session(&engine)?;
+    let session_seconds = model::seconds_running() - loaded_seconds;
     let echoed = match &prompt_text {
         Prompt::Text(text) if echo && !json => text.clone(),
         _ => String::new(),
@@ -65,9 +67,11 @@ pub(super) fn run(mut args: Args) -> Result<()> {
     let watch = interrupt::watch();
     let mut generation = start(&engine, &mut session, prompt_text, template, prompt.special, &sampling)?;
     output::print(&output::printable(&echoed))?;
+    let mut first_token_seconds = None;
     let mut printer = Printer::new(json, engine.tokenizer().is_err());
     for token in generation.by_ref() {
         printer.print(&token?)?;
+        first_token_seconds.get_or_insert_with(model::seconds_running);
         if watch.requested() {
             break;
         }
@@ -78,6 +82,15 @@ pub(super) fn run(mut args: Args) -> Result<()> {
     printer.end(&report)?;
     if !model.quiet && !json {
         output::note(&report.line());
+    }
+    if let (true, Some(seconds)) = (model.verbose, first_token_seconds) {
+        model.say(&format!(
+            "first token {:.1} ms after the program began: load {:.1}, session {:.1}, prompt and first step {:.1} ms",
+            seconds * 1e3,
+            loaded_seconds * 1e3,
+            session_seconds * 1e3,
+            (seconds - loaded_seconds - session_seconds) * 1e3
+        ));
     }
     if stop.is_none() { watch.check() } else { Ok(()) }
 }

@@ -50,6 +50,7 @@ const COMMANDS: [&str; 5] = ["generate", "chat", "logits", "inspect", "synth"];
 
 /// Runs the program; every failure is one line on stderr and an exit status.
 pub(crate) fn main() -> ExitCode {
+    model::seconds_running();
     match run(std::env::args_os().skip(1).collect()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -1,5 +1,6 @@
 //! The options that choose a model and a device, and loading with them.
 
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use peregrine::checkpoint::Checkpoint;
@@ -9,6 +10,14 @@ use peregrine::{Error, Result};
 
 use super::args::Args;
 use super::{builtin, output};
+
+/// When the program began.
+static BEGAN: OnceLock<Instant> = OnceLock::new();
+
+/// Seconds since the program began, which the first call marks.
+pub(super) fn seconds_running() -> f64 {
+    BEGAN.get_or_init(Instant::now).elapsed().as_secs_f64()
+}
 
 /// `-m`, `--device`, `-c`, `-q`, `-v`.
 pub(super) struct ModelFlags {
@@ -76,7 +85,9 @@ impl ModelFlags {
             device: self.device,
             progress: output::progress_wanted(self.quiet).then_some(output::progress as fn(u64, u64)),
         };
-        let engine = Engine::from_checkpoint(self.open()?, &options)?;
+        let checkpoint = self.open()?;
+        let opened_seconds = start.elapsed().as_secs_f64();
+        let engine = Engine::from_checkpoint(checkpoint, &options)?;
         if self.model.is_none() {
             self.say(&format!("no -m MODEL given: {} tells little stories and nothing else", builtin::NAME));
         }
@@ -93,6 +104,11 @@ impl ModelFlags {
                 "loaded {weights:.1} MiB of weights onto {} in {seconds:.2} s",
                 engine.device_name()
             ));
+            self.say(&format!("  {:7.1} ms  opening and checking the files", opened_seconds * 1e3));
+            for part in engine.load_parts() {
+                let indent = if part.within { "    of these, beside each other: " } else { "" };
+                self.say(&format!("  {:7.1} ms  {indent}{}", part.seconds * 1e3, part.name));
+            }
         }
         Ok(engine)
     }

@@ -42,7 +42,8 @@ pub(super) fn printable(text: &str) -> std::borrow::Cow<'_, str> {
     }
 }
 
-/// Shows the progress of loading or writing on stderr, one line that overwrites itself. Wanted only on a terminal.
+/// Shows the progress of loading or writing on stderr, one line that overwrites itself. Wanted only on a terminal. Plain
+/// characters, no escape sequences: `NO_COLOR` has nothing to turn off.
 pub(super) fn progress(done_bytes: u64, total_bytes: u64) {
     const CELLS: u64 = 30;
     let total = total_bytes.max(1);
@@ -50,8 +51,10 @@ pub(super) fn progress(done_bytes: u64, total_bytes: u64) {
     let bar = "#".repeat(filled) + &".".repeat(CELLS as usize - filled);
     let mib = |bytes: u64| bytes >> 20;
     let mut stderr = io::stderr().lock();
-    let end = if done_bytes >= total_bytes { "\r\x1b[K" } else { "" };
-    let _ = write!(stderr, "\r[{bar}] {} / {} MiB{end}", mib(done_bytes), mib(total_bytes));
+    let line = format!("[{bar}] {} / {} MiB", mib(done_bytes), mib(total_bytes));
+    let end =
+        if done_bytes >= total_bytes { format!("\r{}\r", " ".repeat(line.len())) } else { String::new() };
+    let _ = write!(stderr, "\r{line}{end}");
     let _ = stderr.flush();
 }
 

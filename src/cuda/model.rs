@@ -6,6 +6,7 @@ use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::ops;
 use crate::gpu::{Gpu, Stream};
+use crate::timing::{LoadPart, LoadTimes};
 use crate::weights::Weights;
 
 /// A model whose weights are on a GPU.
@@ -21,6 +22,7 @@ pub struct CudaModel {
     gemv_works: bool,
     /// Blocks of the persistent kernel, or why decode steps are one kernel an op.
     persistent: std::result::Result<usize, &'static str>,
+    load_times: LoadTimes,
 }
 
 impl CudaModel {
@@ -33,10 +35,13 @@ impl CudaModel {
         ordinal: usize,
         progress: Option<fn(u64, u64)>,
     ) -> Result<CudaModel> {
+        let mut load_times = LoadTimes::begin();
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.shared_stream()?;
+        load_times.lap("CUDA context");
         let gemv_works = ops::unpack_check(&stream)? == 0;
-        let weights = Weights::load(&gpu, &stream, checkpoint, progress)?;
+        load_times.lap("first kernel");
+        let weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
         let config = checkpoint.config().clone();
         let blocks = ops::decode_step_blocks(&gpu, weights.has_zeros())?;
         let persistent = if crate::trace::switches().no_persistent {
@@ -44,7 +49,7 @@ impl CudaModel {
         } else {
             persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
         };
-        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent })
+        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent, load_times })
     }
 
     /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
@@ -63,6 +68,12 @@ impl CudaModel {
     #[must_use]
     pub fn device_name(&self) -> String {
         format!("{} (cuda:{})", self.gpu.name(), self.ordinal)
+    }
+
+    /// How long the parts of [`CudaModel::load`] took.
+    #[must_use]
+    pub fn load_parts(&self) -> &[LoadPart] {
+        self.load_times.parts()
     }
 
     /// Bytes of the resident weights.

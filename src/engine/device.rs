@@ -13,6 +13,9 @@ use crate::layout::HEAD_DIM;
 use crate::reference;
 use crate::sampler::{Sampled, Sampling};
 use crate::speculate::Tally;
+use crate::timing::LoadPart;
+#[cfg(feature = "cuda")]
+use crate::timing::LoadTimes;
 
 /// Where a model runs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,16 +37,17 @@ pub(super) enum Model {
 }
 
 impl Model {
-    /// Loads `checkpoint`; the text is why `Auto` fell back to the CPU.
+    /// Loads `checkpoint`; the text is why `Auto` fell back to the CPU. How long the parts took goes to `parts`.
     pub(super) fn load(
         checkpoint: &Arc<Checkpoint>,
         options: &LoadOptions,
+        parts: &mut Vec<LoadPart>,
     ) -> Result<(Model, Option<String>)> {
         let cpu = || Ok(Model::Cpu(Arc::new(CpuModel::load(Arc::clone(checkpoint))?)));
         match options.device {
             Device::Cpu => Ok((cpu()?, None)),
-            Device::Cuda(ordinal) => Ok((Model::load_cuda(checkpoint, ordinal, options)?, None)),
-            Device::Auto => match Model::load_cuda(checkpoint, 0, options) {
+            Device::Cuda(ordinal) => Ok((Model::load_cuda(checkpoint, ordinal, options, parts)?, None)),
+            Device::Auto => match Model::load_cuda(checkpoint, 0, options, parts) {
                 Ok(model) => Ok((model, None)),
                 Err(Error::NoGpu(reason)) => Ok((cpu()?, Some(reason))),
                 Err(error) => Err(error),
@@ -52,14 +56,23 @@ impl Model {
     }
 
     #[cfg(feature = "cuda")]
-    fn load_cuda(checkpoint: &Checkpoint, ordinal: usize, options: &LoadOptions) -> Result<Model> {
+    fn load_cuda(
+        checkpoint: &Checkpoint,
+        ordinal: usize,
+        options: &LoadOptions,
+        parts: &mut Vec<LoadPart>,
+    ) -> Result<Model> {
         let model = Arc::new(CudaModel::load(checkpoint, ordinal, options.progress)?);
+        parts.extend_from_slice(model.load_parts());
+        let mut times = LoadTimes::begin();
         CudaTimeline::warm_up(&model)?;
+        times.lap("warm-up of all kernels, graphs");
+        parts.extend_from_slice(times.parts());
         Ok(Model::Cuda(model))
     }
 
     #[cfg(not(feature = "cuda"))]
-    fn load_cuda(_: &Checkpoint, ordinal: usize, _: &LoadOptions) -> Result<Model> {
+    fn load_cuda(_: &Checkpoint, ordinal: usize, _: &LoadOptions, _: &mut Vec<LoadPart>) -> Result<Model> {
         Err(Error::NoGpu(format!(
             "cuda:{ordinal}: this build has no CUDA; build with --features cuda, or use the CPU"
         )))

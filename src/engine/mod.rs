@@ -24,6 +24,7 @@ use std::sync::Arc;
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::timing::{LoadPart, LoadTimes};
 use crate::tokenizer::Tokenizer;
 
 pub use batch::Batch;
@@ -75,6 +76,7 @@ struct Inner {
     model: device::Model,
     device_name: String,
     fallback_reason: Option<String>,
+    load_parts: Vec<LoadPart>,
 }
 
 impl fmt::Debug for Engine {
@@ -99,10 +101,13 @@ impl Engine {
     /// # Errors
     /// As [`Engine::load`].
     pub fn from_checkpoint(checkpoint: Checkpoint, options: &LoadOptions) -> Result<Engine> {
+        let mut times = LoadTimes::begin();
         let checkpoint = Arc::new(checkpoint);
         let file = Path::new(checkpoint.name()).join("tokenizer.json");
         let tokenizer = checkpoint.tokenizer_json().and_then(|bytes| Tokenizer::from_json(bytes, &file));
-        let (model, fallback_reason) = device::Model::load(&checkpoint, options)?;
+        times.lap("tokenizer");
+        let mut load_parts = times.parts().to_vec();
+        let (model, fallback_reason) = device::Model::load(&checkpoint, options, &mut load_parts)?;
         let device_name = model.device_name();
         // The checkpoint's own come first: a GPU knows the first sixteen.
         let mut stop_ids = checkpoint.config().eos_ids.clone();
@@ -111,7 +116,8 @@ impl Engine {
             let others: Vec<u32> = special.filter(|id| !stop_ids.contains(id)).collect();
             stop_ids.extend(others);
         }
-        let inner = Inner { checkpoint, tokenizer, stop_ids, model, device_name, fallback_reason };
+        let inner =
+            Inner { checkpoint, tokenizer, stop_ids, model, device_name, fallback_reason, load_parts };
         Ok(Engine { inner: Arc::new(inner) })
     }
 
@@ -145,6 +151,12 @@ impl Engine {
     #[must_use]
     pub fn fallback_reason(&self) -> Option<&str> {
         self.inner.fallback_reason.as_deref()
+    }
+
+    /// How long the parts of [`Engine::from_checkpoint`] took; on the CPU there is little to do.
+    #[must_use]
+    pub fn load_parts(&self) -> &[LoadPart] {
+        &self.inner.load_parts
     }
 
     /// Memory the model takes.

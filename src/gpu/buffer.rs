@@ -1,5 +1,7 @@
 //! Device memory, pinned staging for uploads, and the pinned words the sampler writes tokens to.
 
+use std::time::{Duration, Instant};
+
 use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PinnedHostSlice, ValidAsZeroBits};
 
 use super::context::{Event, Gpu, Stream, driver_error};
@@ -104,6 +106,10 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
 pub struct Staging {
     halves: [(PinnedHostSlice<u8>, Event); 2],
     turn: usize,
+    /// Before and behind each copy.
+    copies: Vec<(Event, Event)>,
+    fill_time: Duration,
+    wait_time: Duration,
 }
 
 impl Staging {
@@ -115,7 +121,13 @@ impl Staging {
         let half = || -> Result<(PinnedHostSlice<u8>, Event)> {
             Ok((pinned(gpu, Self::HALF_BYTES)?, stream.record(false)?))
         };
-        Ok(Staging { halves: [half()?, half()?], turn: 0 })
+        Ok(Staging {
+            halves: [half()?, half()?],
+            turn: 0,
+            copies: Vec::new(),
+            fill_time: Duration::ZERO,
+            wait_time: Duration::ZERO,
+        })
     }
 
     /// Lets `fill` write up to `bytes` (at most [`Staging::HALF_BYTES`]) and copies them to bytes `first ..` of `to`.
@@ -129,7 +141,9 @@ impl Staging {
     ) -> Result<()> {
         let (half, event) = &mut self.halves[self.turn];
         self.turn ^= 1;
+        let began = Instant::now();
         event.wait()?; // the copy that used this half two turns ago
+        self.wait_time += began.elapsed();
         let host = half.as_mut_slice().map_err(|e| driver_error("staging", e))?;
         let Some(host) = host.get_mut(..bytes) else {
             return Err(Error::Cuda {
@@ -137,10 +151,32 @@ impl Staging {
                 what: format!("{bytes} bytes, wanted at most {}", Self::HALF_BYTES),
             });
         };
+        let began = Instant::now();
         fill(host);
+        self.fill_time += began.elapsed();
+        let before = stream.record(true)?;
         to.upload(stream, first, host)?;
+        self.copies.push((before, stream.record(true)?));
         stream.record_again(event)
     }
+
+    /// How long the halves were being filled, and how long that had to wait for copies.
+    #[must_use]
+    pub fn host_times(&self) -> (Duration, Duration) {
+        (self.fill_time, self.wait_time)
+    }
+
+    /// How long the copies took on the GPU, all of which must be done.
+    pub fn copy_time(&self) -> Result<Duration> {
+        total_time(&self.copies)
+    }
+}
+
+/// The time between the events of each pair, all of them reached, in all.
+pub fn total_time(spans: &[(Event, Event)]) -> Result<Duration> {
+    spans.iter().try_fold(Duration::ZERO, |sum, (start, end)| {
+        Ok(sum + Duration::from_secs_f32(end.milliseconds_since(start)?.max(0.0) / 1e3))
+    })
 }
 
 #[allow(unsafe_code)]

@@ -10,6 +10,6 @@ mod ffi;
 pub mod graph;
 pub mod ops;
 
-pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault};
+pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault, total_time};
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;

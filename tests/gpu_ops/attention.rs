@@ -322,12 +322,54 @@ fn attn_prefill_matches_reference() {
         (5, 64, 64),
         (5, 65, 100),
         (71, 130, 1900),
+        (71, 127, 0),
+        (71, 237, 0), // the last of the narrow tiles of a GPU of 132 multiprocessors, the first of the wide ones
+        (71, 238, 0),
+        (71, 500, 0),
+        (71, 250, 1790),
         (5, 2048, 0),
+        (13, 2048, 0),
         (5, 17, 2031),
     ] {
         for slot in [0, 1] {
             check_prefill(&stream, &Case { heads, m, position }, slot);
         }
+    }
+}
+
+/// A prompt in pieces is the prompt in one pass: the same bits where the pieces are cut into tiles as the whole is, which a token's
+/// result does not depend on the place of; within rounding where a piece is so short that its tiles are narrower.
+#[test]
+fn attn_prefill_in_pieces_is_the_whole() {
+    let Some((_, stream)) = gpu() else { return };
+    let (heads, m) = (71, 1100);
+    let mut random = Random::new(3);
+    let qkv = random.halves(m * (heads + 2) * HEAD_DIM, 1.5);
+    let (k, v) = (random.halves(m * HEAD_DIM, 1.5), random.halves(m * HEAD_DIM, 1.0));
+    let (row, stride) = ((heads + 2) * HEAD_DIM, heads * HEAD_DIM);
+    let run = |position: usize, count: usize| {
+        // What comes behind the piece is not in the cache yet.
+        let seen = (position + count) * HEAD_DIM;
+        let cache = cache(&stream, &[(k[..seen].to_vec(), v[..seen].to_vec())]);
+        let piece = DevBuf::from_host(&stream, "qkv", &qkv[position * row..][..count * row]).unwrap();
+        let tokens = DevBuf::from_host(&stream, "tokens", &words(&run_of(0, position, count))).unwrap();
+        let mut out = nan16(&stream, count * stride);
+        let output = AttnOutput { out: &mut out, first: 0, stride };
+        ops::attn_prefill(&stream, &piece, heads, &cache, StepTokens::list(&tokens, count), output).unwrap();
+        download(&stream, &out)
+    };
+    let whole = run(0, m);
+    for pieces in [vec![550, 550], vec![300, 257, 543], vec![239, 600, 261]] {
+        let mut at = 0;
+        for count in pieces {
+            assert!(run(at, count) == whole[at * stride..][..count * stride], "{count} tokens at {at}");
+            at += count;
+        }
+    }
+    for (at, count) in [(0, 1), (0, 64), (63, 65), (1000, 100), (1099, 1)] {
+        let got = to_f32(&run(at, count));
+        let want = to_f32(&whole[at * stride..][..count * stride]);
+        assert_close(&format!("attn_prefill {count} tokens at {at}"), &got, &want, ATTENTION_TOLERANCE);
     }
 }
 
