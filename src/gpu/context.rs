@@ -132,6 +132,16 @@ impl Gpu {
         Err(Error::Cuda { op: "decode_step".into(), what: format!("preparing it failed ({code})") })
     }
 
+    /// Its place on the bus, as NVML names it: `0000:3b:00.0`.
+    #[must_use]
+    pub fn pci_id(&self) -> Option<String> {
+        let part = |attribute| self.context.attribute(attribute).ok();
+        let domain = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+        let bus = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+        let device = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+        Some(format!("{domain:04x}:{bus:02x}:{device:02x}.0"))
+    }
+
     /// Streaming multiprocessors: 132 on an H200.
     pub fn multiprocessors(&self) -> Result<usize> {
         let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
