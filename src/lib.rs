@@ -32,7 +32,7 @@
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
+//! `cuda` < `engine` < `measure` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
@@ -49,6 +49,7 @@ pub mod inspect;
 #[cfg(feature = "cuda")]
 mod kv_cache;
 pub mod layout;
+pub mod measure;
 pub mod prompt;
 pub mod reference;
 pub mod repack;

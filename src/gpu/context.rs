@@ -108,6 +108,12 @@ impl Gpu {
         &self.name
     }
 
+    /// Its number, as [`Gpu::open`] counts.
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
     /// Free and total bytes of GPU memory.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (free, total) =

@@ -84,7 +84,8 @@ impl Nvml {
     /// A call that takes the device and a kind, and gives one number.
     #[allow(unsafe_code)]
     fn number(&self, name: &str, kind: c_uint) -> Option<u32> {
-        let call: Symbol<'_, unsafe extern "C" fn(*mut c_void, c_uint, *mut c_uint) -> c_int> = self.symbol(name)?;
+        let call: Symbol<'_, unsafe extern "C" fn(*mut c_void, c_uint, *mut c_uint) -> c_int> =
+            self.symbol(name)?;
         let mut value = 0;
         // SAFETY: a device of this NVML, and one number that the call writes.
         (unsafe { call(self.device, kind, &raw mut value) } == SUCCESS).then_some(value)

@@ -46,12 +46,15 @@ impl Swap {
         let shown = one_line(&library.display().to_string());
         // SAFETY: runs the library's initialisers. It is one the user named to be run, as one names a program.
         let loaded = unsafe { Library::new(library) };
-        let loaded = loaded.map_err(|e| Error::Io(format!("cannot load {shown}: {}", one_line(&e.to_string()))))?;
+        let loaded =
+            loaded.map_err(|e| Error::Io(format!("cannot load {shown}: {}", one_line(&e.to_string()))))?;
         // SAFETY: the type is that of every launcher in cuda/kernels.h; a symbol of that name with another type breaks the contract
         // the user agreed to, which nobody can check.
         let symbol = unsafe { loaded.get::<Launcher>(op.as_bytes()) };
         let launcher = *symbol.map_err(|_| {
-            Error::Io(format!("{shown} has no launcher: wanted extern \"C\" int32_t {op}(const ...Params*, const Launch*)"))
+            Error::Io(format!(
+                "{shown} has no launcher: wanted extern \"C\" int32_t {op}(const ...Params*, const Launch*)"
+            ))
         })?;
         // Its kernels stay registered with the CUDA runtime, and may be queued: it is never unloaded.
         std::mem::forget(loaded);
