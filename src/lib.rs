@@ -32,7 +32,7 @@
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `cuda` < `engine` < `measure` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
+//! `cuda` < `engine` < `measure` < `lab` < the program; `sampler, speculate, tokenizer, prompt` rest on `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
@@ -48,6 +48,8 @@ pub mod gpu;
 pub mod inspect;
 #[cfg(feature = "cuda")]
 mod kv_cache;
+#[cfg(feature = "cuda")]
+pub mod lab;
 pub mod layout;
 pub mod measure;
 pub mod prompt;

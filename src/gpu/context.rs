@@ -108,6 +108,12 @@ impl Gpu {
         &self.name
     }
 
+    /// Compute capability, major * 10 + minor: 90 for Hopper.
+    #[must_use]
+    pub fn capability(&self) -> i32 {
+        self.capability
+    }
+
     /// Its number, as [`Gpu::open`] counts.
     #[must_use]
     pub fn ordinal(&self) -> usize {

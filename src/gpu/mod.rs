@@ -14,6 +14,6 @@ pub mod ops;
 pub mod spans;
 pub mod swap;
 
-pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault};
+pub use buffer::{Arrival, DevBuf, Guard, MappedFault, MappedTokens, Staging, StepFault};
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;

@@ -27,6 +27,8 @@ const PROMPT: usize = 512;
 const RUNS: usize = 7;
 /// Reads in front, each about a millisecond: longer than the host takes to queue a pass with its events.
 const READS: usize = 4;
+/// The pass that shows what two events and a launch cost by themselves.
+const NOTHING: &str = "a launch that does nothing";
 /// Tokens up to which a layer's last product leaves K slices to the norm.
 const PARTIAL_TOKENS: usize = 512;
 
@@ -55,6 +57,8 @@ pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) 
     let config = engine.config();
     let (context, prompt) = (CONTEXT.min(config.max_positions / 2), PROMPT.min(config.max_positions));
     let busy = Busy::new(gpu, stream)?;
+    let mut sum = DevBuf::<f32>::zeros(stream, "sum", 1)?;
+    let nothing = busy.record(|| ops::mma_peak(stream, &mut sum, 1, 1))?;
     let model = Arc::new(CudaModel::load(engine.checkpoint(), gpu.ordinal(), None)?);
     let mut ops = Vec::new();
     if model.why_not_persistent().is_none() {
@@ -69,6 +73,7 @@ pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) 
     ops.extend(gathered("step by one kernel an op", &launches, config, 1, context, ceilings));
     let launches = prefill(&model, &busy, prompt)?;
     ops.extend(gathered(&format!("prompt of {prompt}"), &launches, config, prompt, 0, ceilings));
+    ops.extend(gathered(NOTHING, &nothing, config, 1, 0, ceilings));
     Ok(ops)
 }
 
@@ -243,6 +248,14 @@ pub fn table(ops: &[OpTime], columns: usize) -> String {
     let mut text = String::new();
     for pass in passes(ops) {
         let total: f64 = pass.iter().map(|op| op.us).sum();
+        if pass.first().is_some_and(|op| op.pass == NOTHING) {
+            let _ = writeln!(
+                text,
+                "\n{NOTHING} takes {total:.1} us between its events. Without events neighbours overlap: a step of many launches takes \
+                 less than their sum."
+            );
+            continue;
+        }
         let floor: f64 = pass.iter().map(|op| op.floor_us).sum();
         let name = pass.first().map_or("", |op| op.pass.as_str());
         let _ = writeln!(

@@ -249,7 +249,9 @@ fn flames(ops: &[OpTime]) -> String {
     let mut svg = String::from(
         "<text x=\"20\" y=\"30\" font-size=\"14\" font-weight=\"bold\">Where the time goes: width is time, the dark part is the floor</text>\n",
     );
-    for (row, pass) in super::breakdown::passes(ops).enumerate() {
+    for (row, pass) in
+        super::breakdown::passes(ops).filter(|pass| pass.iter().any(|op| op.floor_us > 0.0)).enumerate()
+    {
         let total: f64 = pass.iter().map(|op| op.us).sum();
         let y = 60.0 + 115.0 * row as f64;
         let name = pass.first().map_or("", |op| op.pass.as_str());

@@ -45,7 +45,7 @@ pub(super) fn lines(compared: &[(&Row, f64, f64, Comparison)], names: [&str; 2])
         &format!("{} t/s", names[0]),
         &format!("{} t/s", names[1]),
         "time",
-        "99 % interval",
+        "95 % interval",
         "verdict",
     ]
     .map(str::to_owned);

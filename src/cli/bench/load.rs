@@ -11,6 +11,7 @@ use peregrine::measure::machine::Instruments;
 use peregrine::synth::{SynthOptions, SynthShape, synth};
 use peregrine::{Error, Result};
 
+use super::super::model::ModelFlags;
 use super::super::output;
 use super::Options;
 
@@ -20,6 +21,8 @@ pub(super) struct Loaded {
     pub(super) instruments: Instruments,
     /// Name and seconds of each part of loading, in order; making a dummy is none of them.
     pub(super) parts: Vec<(&'static str, f64)>,
+    /// Bytes of GPU memory in use after loading, by everybody.
+    pub(super) gpu_bytes: Option<u64>,
 }
 
 /// When the weights' upload began and when it was last heard of.
@@ -38,7 +41,7 @@ fn heard(done_bytes: u64, total_bytes: u64) {
 
 /// Loads the model, or a random one.
 pub(super) fn load(options: &Options) -> Result<Loaded> {
-    let dummy = options.dummy.then(|| Dummy::make(options)).transpose()?;
+    let dummy = options.dummy.then(|| Dummy::make(&options.model)).transpose()?;
     let start = Instant::now();
     let checkpoint = match &dummy {
         Some(dummy) => Checkpoint::open(&dummy.0.to_string_lossy())?,
@@ -69,7 +72,18 @@ pub(super) fn load(options: &Options) -> Result<Loaded> {
         ]),
         None => parts.push(("tokenizer", seconds(context, end))),
     }
-    Ok(Loaded { engine, instruments, parts })
+    let gpu_bytes = engine.memory().gpu_used_bytes;
+    Ok(Loaded { engine, instruments, parts, gpu_bytes })
+}
+
+/// The model's checkpoint, or a random one: the mapping outlives the files' names.
+#[cfg(feature = "cuda")]
+pub(super) fn checkpoint(model: &ModelFlags, dummy: bool) -> Result<Checkpoint> {
+    if !dummy {
+        return model.open();
+    }
+    let made = Dummy::make(model)?;
+    Checkpoint::open(&made.0.to_string_lossy())
 }
 
 /// A folder with a random checkpoint, deleted when dropped.
@@ -84,8 +98,8 @@ impl Drop for Dummy {
 
 impl Dummy {
     /// In memory if there is room, else in the folder for temporary files.
-    fn make(options: &Options) -> Result<Dummy> {
-        let name = options.model.name().unwrap_or("falcon-7b");
+    fn make(model: &ModelFlags) -> Result<Dummy> {
+        let name = model.name().unwrap_or("falcon-7b");
         let shape = SynthShape::named(name).ok_or_else(|| {
             Error::Usage(format!(
                 "--load-format dummy: -m is '{}': expected falcon-7b or tiny",

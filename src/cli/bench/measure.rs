@@ -9,7 +9,7 @@ use peregrine::measure::run::{Runner, Sample, Test};
 use peregrine::measure::{stats, work};
 use peregrine::sampler::Sampling;
 use peregrine::{Error, Result};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::super::{interrupt, output};
 use super::load::Loaded;
@@ -94,12 +94,9 @@ fn common(options: &Options, loaded: &Loaded, ceilings: Option<Ceilings>) -> Row
     row.set("model_n_params", parameters as u64);
     row.set("load_format", if options.dummy { "dummy" } else { "auto" });
     row.set("settings", settings());
-    row.set("gpu_memory", memory.gpu_used_bytes.map_or(Value::Null, Value::from));
-    let parts: Map<String, Value> = loaded
-        .parts
-        .iter()
-        .map(|&(name, seconds)| (name.to_owned(), json!((seconds * 1e9).round())))
-        .collect();
+    row.set("gpu_memory", loaded.gpu_bytes.map_or(Value::Null, Value::from));
+    let parts: Vec<Value> =
+        loaded.parts.iter().map(|&(name, seconds)| json!([name, (seconds * 1e9).round()])).collect();
     row.set("load_ns", (loaded.parts.iter().map(|part| part.1).sum::<f64>() * 1e9).round());
     row.set("load_parts_ns", parts);
     if let Some(ceilings) = ceilings.filter(|_| on_gpu) {
@@ -148,12 +145,14 @@ fn describe(row: &mut Row, engine: &Engine, test: &Test, samples: &[Sample], cei
     }
 }
 
-/// First and last edge in ns, and the count in each of equal bins between; the last bin has all beyond the 99.5th percentile too.
+/// First and last edge in ns, and the count in each of equal bins between: of all but the shortest and the longest half percent, which
+/// are in the first and the last bin.
 fn histogram(gaps: &[f64]) -> Value {
-    let (low, high) = (stats::quantile(gaps, 0.0), stats::quantile(gaps, 0.995));
+    let (low, high) = (stats::quantile(gaps, 0.005), stats::quantile(gaps, 0.995));
     let width = ((high - low) / BINS as f64).max(1e-9);
     let mut counts = [0u64; BINS];
     for gap in gaps {
+        // A negative place is 0.
         counts[(((gap - low) / width) as usize).min(BINS - 1)] += 1;
     }
     json!({ "from_ns": low * 1e9, "to_ns": (low + width * BINS as f64) * 1e9, "counts": counts.to_vec() })

@@ -37,7 +37,7 @@ Usage: peregrine bench [-m MODEL] [OPTIONS]
                             (default) or tiny
       --temperature T       sample with the card's other settings, instead of greedily
       --save FILE           write the results as a record, for --compare
-      --compare FILE        compare with a record: ratio of times, 99 % interval, verdict
+      --compare FILE        compare with a record: ratio of times, 95 % interval, verdict
       --vs OTHER            run two programs in turns, so that drift does not decide: OTHER is another
                             peregrine binary, or settings NAME=VALUE,... of the environment for this one
       --resolution PERCENT  smaller differences are none (1)
@@ -48,9 +48,9 @@ Usage: peregrine bench [-m MODEL] [OPTIONS]
     "
 What is in a number. Prompt: from the call to the host's having the first token of every text. Answer: from
 the first token's arrival to the last's, choosing tokens and bringing them to the host included. Tokenising
-is in neither: prompts are random ids. Texts are processed one after the other in a prompt, together in a step.
-floor_share is the time the model's bytes or operations take at the ceilings measured in the same run, over
-the time measured.
+is in neither: prompts are random ids. Texts are processed one after the other in a prompt, and together in
+a step. 'of floor' is the time the model's bytes or operations take at the ceilings measured in the same run,
+over the time measured.
 ",
 ];
 
@@ -197,7 +197,8 @@ fn format(args: &mut Args) -> Result<Format> {
     }
 }
 
-fn dummy(args: &mut Args) -> Result<bool> {
+/// `auto` or `dummy`.
+pub(super) fn dummy(args: &mut Args) -> Result<bool> {
     let text = args.text()?;
     match text.as_str() {
         "dummy" => Ok(true),
@@ -266,6 +267,12 @@ fn pictures(options: &Options, _: load::Loaded, ceilings: Option<Ceilings>, rows
         Some(file) => peregrine::measure::plot::write(file, rows, &[], ceilings),
         None => Ok(()),
     }
+}
+
+/// The model's checkpoint, or a random one.
+#[cfg(feature = "cuda")]
+pub(super) fn checkpoint(model: &ModelFlags, dummy: bool) -> Result<peregrine::checkpoint::Checkpoint> {
+    load::checkpoint(model, dummy)
 }
 
 /// What measures the GPU the model is on; nothing on the CPU.

@@ -138,9 +138,12 @@ pub(super) fn foot(rows: &[Row], ceilings: Option<Ceilings>) -> String {
             row.number("gpu_memory") / 1e6
         ));
     }
-    let parts = row.0.get("load_parts_ns").and_then(serde_json::Value::as_object);
+    let parts = row.0.get("load_parts_ns").and_then(serde_json::Value::as_array);
     let parts = parts.map_or(Vec::new(), |parts| {
-        parts.iter().map(|(name, ns)| format!("{name} {:.3}", ns.as_f64().unwrap_or(0.0) / 1e9)).collect()
+        let part = |part: &serde_json::Value| {
+            format!("{} {:.3}", part[0].as_str().unwrap_or_default(), part[1].as_f64().unwrap_or(0.0) / 1e9)
+        };
+        parts.iter().map(part).collect()
     });
     lines.push(format!("loaded in {:.3} s: {}", row.number("load_ns") / 1e9, parts.join(", ")));
     lines.push(format!(
