@@ -64,11 +64,11 @@ pub trait Call {
     /// # Errors
     /// What the op's wrapper returns.
     fn launch(&mut self, stream: &Stream) -> Result<()>;
-    /// What came out.
+    /// What came out; and what was wanted, if `wanted`, which may take the CPU a second.
     ///
     /// # Errors
     /// A driver failure.
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>>;
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>>;
     /// A buffer that was written outside, by name and place.
     ///
     /// # Errors
@@ -194,6 +194,11 @@ macro_rules! trespass {
     }};
 }
 
+/// What the reference gives, if it is asked for.
+fn only(wanted: bool, reference: impl FnOnce() -> Vec<f32>) -> Vec<f32> {
+    if wanted { reference() } else { Vec::new() }
+}
+
 fn guarded<T: Guard>(stream: &Stream, name: &'static str, host: &[T]) -> Result<DevBuf<T>> {
     DevBuf::guarded(stream, name, host)
 }
@@ -254,7 +259,7 @@ impl Call for LayernormCall {
         ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
         let [weight, bias, x, partials, sum_bias] = &self.host;
         let mut x = x.clone();
         for part in partials.chunks(self.m * self.hidden) {
@@ -263,7 +268,7 @@ impl Call for LayernormCall {
         if self.slices > 0 {
             x.chunks_mut(self.hidden).for_each(|row| reference::add(row, sum_bias));
         }
-        let want = reference::layernorm(&x, weight, bias, 1e-5);
+        let want = only(wanted, || reference::layernorm(&x, weight, bias, 1e-5));
         let (new_x, out) = (all(stream, &self.x)?, to_f32(&all(stream, &self.out)?));
         Ok(vec![
             Output { name: "x", row: self.hidden, got: new_x, want: x, tolerance: 0.0 },
@@ -321,7 +326,7 @@ impl Call for PermuteCall {
         ops::permute(stream, &self.x, &self.source, self.m, &mut self.out)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, _wanted: bool) -> Result<Vec<Output>> {
         let got = to_f32(&all(stream, &self.out)?);
         Ok(vec![Output { name: "out", row: self.n, got, want: to_f32(&self.want), tolerance: 0.0 }])
     }
@@ -385,10 +390,10 @@ impl Call for EmbedCall {
         ops::embed(stream, &self.table, StepTokens::list(&self.words, self.m), &mut self.x)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
         let tensor =
             FloatTensor { dtype: FloatType::F16, shape: [self.table.vocab, HIDDEN], bytes: &self.bytes };
-        let want = reference::embed(&tensor, &self.ids);
+        let want = only(wanted, || reference::embed(&tensor, &self.ids));
         Ok(vec![Output { name: "x", row: HIDDEN, got: all(stream, &self.x)?, want, tolerance: 0.0 }])
     }
 
@@ -439,10 +444,10 @@ impl Call for HeadCall {
         ops::head(stream, &self.table, &self.x, 0, self.m, &mut self.logits, 0)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
         let Table { vocab, hidden, .. } = self.table;
         let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &self.bytes };
-        let want = reference::head(&to_f32(&self.host_x), &tensor);
+        let want = only(wanted, || reference::head(&to_f32(&self.host_x), &tensor));
         let got = all(stream, &self.logits)?;
         Ok(vec![Output { name: "logits", row: vocab, got, want, tolerance: F32_TOLERANCE }])
     }
@@ -505,11 +510,11 @@ impl Call for ProductCall {
         ops::gptq_matmul(stream, self.kernel, &self.w, 0..self.w.n, a, self.slices, output)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
         let partials = all(stream, &self.out)?;
         let n = partials.len() / self.slices;
         let got = (0..n).map(|i| (0..self.slices).map(|s| partials[s * n + i]).sum()).collect();
-        let want = reference::gptq_matmul(&to_f32(&self.host_x), &self.quantised.tensor());
+        let want = only(wanted, || reference::gptq_matmul(&to_f32(&self.host_x), &self.quantised.tensor()));
         let tolerance = if self.kernel == MatmulKernel::Gemv { GEMV_TOLERANCE } else { F32_TOLERANCE };
         Ok(vec![Output { name: "sum of partials", row: self.w.n, got, want, tolerance }])
     }
@@ -611,7 +616,7 @@ impl Call for RopeCall {
         ops::rope(stream, &mut self.qkv, self.heads, &mut self.cache, &self.table, tokens)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, _wanted: bool) -> Result<Vec<Output>> {
         let (heads, at) = (self.heads, self.at * HEAD_DIM);
         let mut want = to_f32(&self.host);
         let values = part(&want, heads, heads + 1, 1);
@@ -727,14 +732,15 @@ impl Call for AttentionCall {
         ops::attn_prefill(stream, &self.qkv, self.heads, &self.cache, tokens, output)
     }
 
-    fn outputs(&self, stream: &Stream) -> Result<Vec<Output>> {
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
         let (heads, width) = (self.heads, self.heads * HEAD_DIM);
         let mut queries = to_f32(&self.host);
         if self.decode {
             reference::rope(&mut queries, heads + 2, self.at, THETA);
         }
         let queries = to_f32(&rounded(&part(&queries, heads, 0, heads)));
-        let want = reference::attention(&queries, &to_f32(&self.keys), &to_f32(&self.values), heads, self.at);
+        let (keys, values) = (to_f32(&self.keys), to_f32(&self.values));
+        let want = only(wanted, || reference::attention(&queries, &keys, &values, heads, self.at));
         let written = all(stream, &self.out)?;
         // Between the tokens' values nothing may be written: taken as an output that must stay as it was.
         let (mut got, mut gaps) = (Vec::new(), written[..FIRST].to_vec());

@@ -16,19 +16,34 @@ pub struct Finding {
     pub faults: Vec<String>,
 }
 
-/// Checks one call.
+/// Where a check is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The kernel is launched next.
+    Launching,
+    /// The kernel has ended; its results are looked at.
+    Comparing,
+}
+
+/// Checks one call; `at` hears of each stage.
 ///
 /// # Errors
-/// A driver failure: the kernel faulted, or could not be launched.
-pub fn check(call: &mut dyn Call, stream: &Stream) -> Result<Finding> {
+/// A driver failure: the kernel faulted, or could not be launched; what `at` returns.
+pub fn check(
+    call: &mut dyn Call,
+    stream: &Stream,
+    at: &mut dyn FnMut(Stage) -> Result<()>,
+) -> Result<Finding> {
     let mut finding = Finding { label: call.label(), measured: Vec::new(), faults: Vec::new() };
-    let mut once = || {
+    let mut once = |wanted: bool| {
         call.reset(stream)?;
+        at(Stage::Launching)?;
         call.launch(stream)?;
         stream.synchronize()?;
-        call.outputs(stream)
+        at(Stage::Comparing)?;
+        call.outputs(stream, wanted)
     };
-    let (first, second) = (once()?, once()?);
+    let (first, second) = (once(true)?, once(false)?);
     if let Some((buffer, place)) = call.trespass(stream)? {
         let side = if place < 0 {
             format!("{} elements before its start", -place)

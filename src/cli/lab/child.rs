@@ -59,9 +59,14 @@ pub(super) fn run(options: &Options, op: &str, library: &str) -> Result<()> {
 
 /// A check whose launches go to the other kernel. The first word of a hang is which call it was.
 fn checked_with(swap: &Swap, call: &mut dyn calls::Call, stream: &Stream) -> Result<check::Finding> {
-    tell("at", &call.label())?;
+    let label = call.label();
+    let mut heard = |stage| match stage {
+        check::Stage::Launching => tell("at", &label),
+        // The reference may take a slow CPU long.
+        check::Stage::Comparing => tell("slow", &format!("comparing {label}")),
+    };
     swap.in_place();
-    let finding = check::check(call, stream);
+    let finding = check::check(call, stream, &mut heard);
     swap.out();
     finding.map_err(|error| match error {
         Error::Cuda { op, what } => {
