@@ -106,6 +106,59 @@ fn a_kernel_file_becomes_a_library() {
     assert!(refused.contains("nvcc refuses") && refused.contains("error"), "{refused}");
 }
 
+/// A stand-in for a profiler's library hears of each repetition.
+#[test]
+fn a_profiler_is_told_the_ranges() {
+    let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("nvtx");
+    std::fs::create_dir_all(&folder).unwrap();
+    let (source, library) = (folder.join("listener.c"), folder.join("listener.so"));
+    let listener = r#"
+        #include <stdint.h>
+        #include <stdio.h>
+        typedef const void* (*Export)(uint32_t);
+        struct Callbacks { size_t bytes; int (*module)(unsigned, void*** *, unsigned*); };
+        static int push(const char* name) { fprintf(stderr, "push %s\n", name); return 0; }
+        static int pop(void) { fprintf(stderr, "pop\n"); return 0; }
+        int InitializeInjectionNvtx2(Export export) {
+            const struct Callbacks* callbacks = export(1);
+            void*** table = 0;
+            unsigned size = 0;
+            if (!callbacks || !callbacks->module(1, &table, &size) || size < 12 || callbacks->module(7, 0, 0)) return 0;
+            *table[9] = (void*)push;
+            *table[11] = (void*)pop;
+            return 1;
+        }
+    "#;
+    std::fs::write(&source, listener).unwrap();
+    let made = Command::new("gcc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&source).status();
+    if !made.is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED a_profiler_is_told_the_ranges: no gcc");
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_peregrine"))
+        .args([
+            "bench",
+            "--load-format",
+            "dummy",
+            "-m",
+            "tiny",
+            "--device",
+            "cpu",
+            "-p",
+            "4",
+            "-n",
+            "2",
+            "-r",
+            "1",
+        ])
+        .env("NVTX_INJECTION64_PATH", &library)
+        .output()
+        .unwrap();
+    let heard = String::from_utf8_lossy(&output.stderr).into_owned();
+    let told: Vec<&str> = heard.lines().filter(|line| line.starts_with("push") || *line == "pop").collect();
+    assert_eq!(told, ["push pp4", "pop", "push pp4", "pop", "push tg2", "pop", "push tg2", "pop"], "{heard}");
+}
+
 #[test]
 fn without_a_gpu_the_lab_says_so_in_one_line() {
     let here = Gpu::open(0).is_ok();

@@ -1,7 +1,7 @@
 //! The device layer: everything `unsafe` of the GPU is in here, behind wrappers that check shapes.
 //!
 //! `ffi` (generated from `cuda/kernels.h`) < [`context`], [`buffer`] < [`spans`], [`swap`] < [`ops`], [`graph`]; [`nvml`] asks how the GPU
-//! is. Each block of `unsafe` names the
+//! is, [`nvtx`] tells profilers what it does. Each block of `unsafe` names the
 //! check that proves it. Nothing above this module sees a pointer.
 
 pub mod buffer;
@@ -10,6 +10,7 @@ pub mod context;
 mod ffi;
 pub mod graph;
 pub mod nvml;
+pub mod nvtx;
 pub mod ops;
 pub mod spans;
 pub mod swap;

@@ -149,6 +149,8 @@ impl Runner {
         self.prepare(test)?;
         // Whatever follows writes behind it.
         self.depth = test.depth;
+        #[cfg(feature = "cuda")]
+        let _range = crate::gpu::nvtx::range(&test.name());
         let start = Instant::now();
         if test.generate == 0 {
             self.begin(test.prompt, test.depth, 1)?;

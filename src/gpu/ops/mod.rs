@@ -87,6 +87,7 @@ macro_rules! call {
     ($op:ident, $stream:expr, $params:expr) => {{
         let params = $params;
         let launch = launch_on($stream)?;
+        let _range = super::super::nvtx::range(stringify!($op));
         let span = super::super::spans::open(stringify!($op), $stream)?;
         let code = match super::super::swap::launcher(stringify!($op)) {
             // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; indices that only
