@@ -282,15 +282,21 @@ fn flames(ops: &[OpTime]) -> String {
     svg
 }
 
+/// `1 text`, `8 texts`.
+fn texts(row: &Row) -> String {
+    let texts = row.number("n_seqs");
+    format!("{texts:.0} text{}", if texts == 1.0 { "" } else { "s" })
+}
+
 /// Tokens a second over the tokens in front, a line for each kind of test and number of texts.
 fn over_depth(rows: &[Row]) -> String {
     let mut lines: Vec<(String, Vec<(f64, f64)>)> = Vec::new();
     for row in rows {
-        let texts = row.number("n_seqs");
+        let texts = texts(row);
         let kind = if row.number("n_gen") > 0.0 {
-            format!("answer of {:.0}, {texts:.0} texts", row.number("n_gen"))
+            format!("answer of {:.0}, {texts}", row.number("n_gen"))
         } else {
-            format!("prompt of {:.0}, {texts:.0} texts", row.number("n_prompt"))
+            format!("prompt of {:.0}, {texts}", row.number("n_prompt"))
         };
         let point = (row.number("n_depth"), row.number("avg_ts"));
         match lines.iter_mut().find(|line| line.0 == kind) {
@@ -328,7 +334,7 @@ fn histogram(rows: &[Row]) -> String {
         let edge = |name: &str| found[name].as_f64().unwrap_or(0.0) / 1e6;
         let counts: Vec<f64> =
             found["counts"].as_array().map_or(Vec::new(), |c| c.iter().filter_map(|v| v.as_f64()).collect());
-        let name = format!("{:.0} texts, {:.0} before", row.number("n_seqs"), row.number("n_depth"));
+        let name = format!("{}, {:.0} before", texts(row), row.number("n_depth"));
         series.push((name, edge("from_ns"), edge("to_ns"), counts));
     }
     let low = series.iter().map(|s| s.1).fold(f64::MAX, f64::min).min(1e6);

@@ -34,6 +34,12 @@ impl Test {
         if self.depth > 0 { format!("{what} @ d{}", self.depth) } else { what }
     }
 
+    /// `1 text`, `8 texts`.
+    #[must_use]
+    pub fn together(&self) -> String {
+        format!("{} text{}", self.texts, if self.texts == 1 { "" } else { "s" })
+    }
+
     /// Positions a text takes.
     #[must_use]
     pub fn positions(&self) -> usize {

@@ -120,7 +120,7 @@ impl Dummy {
         let bytes = synth(shape, &dummy.0, &SynthOptions::default(), None)?;
         if output::progress_wanted(false) {
             let seconds = start.elapsed().as_secs_f64();
-            output::note(&format!("made {:.1} GB of random weights in {seconds:.1} s", bytes as f64 / 1e9));
+            output::note(&format!("made {:.1} MB of random weights in {seconds:.1} s", bytes as f64 / 1e6));
         }
         Ok(dummy)
     }

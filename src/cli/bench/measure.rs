@@ -31,7 +31,7 @@ pub(super) fn all(options: &Options, loaded: &Loaded, ceilings: Option<Ceilings>
         }
         progress(
             options,
-            &format!("[{}/{}] {} of {} texts", i + 1, options.tests.len(), test.name(), test.texts),
+            &format!("[{}/{}] {} of {}", i + 1, options.tests.len(), test.name(), test.together()),
         );
         runner.once(test)?;
         let monitor = loaded.instruments.watch();

@@ -64,16 +64,20 @@ fn parameters(count: f64) -> String {
     if count >= 1e9 { format!("{:.2} B", count / 1e9) } else { format!("{:.2} M", count / 1e6) }
 }
 
-/// `tg128 @ d1024`.
-pub(super) fn name(row: &Row) -> String {
+/// The test of a row.
+fn test(row: &Row) -> peregrine::measure::run::Test {
     let count = |name| row.number(name) as usize;
-    let test = peregrine::measure::run::Test {
+    peregrine::measure::run::Test {
         prompt: count("n_prompt"),
         generate: count("n_gen"),
         depth: count("n_depth"),
         texts: count("n_seqs"),
-    };
-    test.name()
+    }
+}
+
+/// `tg128 @ d1024`.
+pub(super) fn name(row: &Row) -> String {
+    test(row).name()
 }
 
 /// Markdown whose columns line up; those from `right` on to the right.
@@ -160,14 +164,14 @@ pub(super) fn foot(rows: &[Row], ceilings: Option<Ceilings>) -> String {
 /// What makes a row doubtful.
 pub(super) fn doubts(row: &Row) -> Vec<String> {
     let mut doubts = Vec::new();
-    let (name, texts) = (name(row), row.number("n_seqs"));
+    let (name, texts) = (name(row), test(row).together());
     let spread = row.number("stddev_ts") / row.number("avg_ts");
     if spread > WIDE_SPREAD {
-        doubts.push(format!("{name}, {texts:.0} texts: the repetitions spread by {:.1} %", spread * 100.0));
+        doubts.push(format!("{name}, {texts}: the repetitions spread by {:.1} %", spread * 100.0));
     }
     let (least, most) = (row.number("sm_mhz_min"), row.number("sm_mhz_max"));
     if least < most * CLOCK_DROP {
-        doubts.push(format!("{name}, {texts:.0} texts: the clock dropped from {most:.0} to {least:.0} MHz"));
+        doubts.push(format!("{name}, {texts}: the clock dropped from {most:.0} to {least:.0} MHz"));
     }
     doubts
 }
