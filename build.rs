@@ -43,6 +43,7 @@ mod cuda {
         let nvcc = find_nvcc(&root)?;
         bind(&root, &out)?;
         let objects = compile(&root, &out, &nvcc)?;
+        embed(&root, &out)?;
         cc::Build::new().objects(&objects).cargo_metadata(true).compile("peregrine_kernels");
         link_runtime(&nvcc)?;
         Ok(())
@@ -152,6 +153,37 @@ mod cuda {
                 .try_for_each(|w| w.join().map_err(|_| "a compile thread panicked".to_string())?)
         })?;
         Ok(objects)
+    }
+
+    /// `$OUT_DIR/sources.rs`: the text of every file of `cuda/`, and of what ptxas said of it, for `peregrine lab`.
+    fn embed(root: &Path, out: &Path) -> Result<()> {
+        let list = |folder: &Path, ends: &[&str]| -> Result<Vec<(String, PathBuf)>> {
+            let entries = fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+            let paths = entries.filter_map(|entry| entry.ok().map(|e| e.path()));
+            let named = paths.map(|p| (p.file_name().unwrap_or_default().to_string_lossy().into_owned(), p));
+            let mut found: Vec<_> =
+                named.filter(|(name, _)| ends.iter().any(|end| name.ends_with(end))).collect();
+            found.sort();
+            Ok(found)
+        };
+        let mut files = list(&root.join("cuda"), &[".cu", ".cuh", ".h"])?;
+        let kernels: Vec<String> =
+            files.iter().filter_map(|(name, _)| name.strip_suffix(".cu").map(Into::into)).collect();
+        let reports = list(out, &[".ptxas.txt"])?;
+        // One of a kernel that is no more may lie there.
+        files.extend(reports.into_iter().filter(|(name, _)| {
+            name.strip_suffix(".ptxas.txt").is_some_and(|kernel| kernels.iter().any(|k| k == kernel))
+        }));
+        let rows = files
+            .iter()
+            .map(|(name, path)| format!("({name:?}, include_str!({:?})),", path.display().to_string()));
+        let text = format!("static SOURCES: &[(&str, &str)] = &[{}];\n", rows.collect::<String>());
+        let file = out.join("sources.rs");
+        // Not touched if it is the same, as a file that is newer compiles the library again.
+        if fs::read_to_string(&file).unwrap_or_default() != text {
+            fs::write(&file, text).map_err(|e| e.to_string())?;
+        }
+        Ok(())
     }
 
     fn read(path: &Path) -> Result<Vec<u8>> {

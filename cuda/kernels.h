@@ -312,6 +312,15 @@ typedef struct StreamReadParams {
 } StreamReadParams;
 int32_t stream_read(const StreamReadParams* p, const Launch* l);
 
+// mma_peak: dense f16 products whose operands never move. For measuring.
+typedef struct MmaPeakParams {
+    float* sum;       // one value, never written: keeps the products
+    float* flop;      // one value, or NULL: then nothing is multiplied, and the FLOP of a round of one block are written here
+    uint32_t rounds;
+    uint32_t blocks;
+} MmaPeakParams;
+int32_t mma_peak(const MmaPeakParams* p, const Launch* l);
+
 // The text of a launcher's positive code.
 const char* launch_error_name(int32_t code);
 

@@ -32,7 +32,8 @@
 //! A module uses only what stands left of it:
 //!
 //! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
-//! `cuda` < `engine` < the program; `sampler, speculate, tokenizer, prompt, timing` rest on `layout, error` only.
+//! `cuda` < `engine` < `measure` < `lab` < the program; `sampler, speculate, tokenizer, prompt, timing` rest on
+//! `layout, error` only.
 
 pub mod checkpoint;
 pub mod config;
@@ -48,7 +49,10 @@ pub mod gpu;
 pub mod inspect;
 #[cfg(feature = "cuda")]
 mod kv_cache;
+#[cfg(feature = "cuda")]
+pub mod lab;
 pub mod layout;
+pub mod measure;
 pub mod prompt;
 pub mod reference;
 pub mod repack;

@@ -1,14 +1,16 @@
 //! Subcommands of `peregrine`, one file each, and what they share.
 //!
 //! `args` (options and their errors) < `output` (stdout and stderr), `interrupt` (Ctrl-C) < `model` (loading, with
-//! the built-in model) < `generate`, `chat`, `logits`, `inspect`, `synth`.
+//! the built-in model) < `generate`, `chat`, `logits`, `inspect`, `synth`, `bench`, `lab`.
 
 mod args;
+mod bench;
 mod builtin;
 mod chat;
 mod generate;
 mod inspect;
 mod interrupt;
+mod lab;
 mod logits;
 mod model;
 mod output;
@@ -35,6 +37,8 @@ Commands:
   logits     write the logits of every position to a .safetensors file
   inspect    say what a checkpoint holds and what it needs
   synth      write a random checkpoint of Falcon-7B's shape, for measuring
+  bench      measure prompts and answers, and how far they are from what the machine can do
+  lab        look at kernels one by one, and at kernels of your own
 
   peregrine COMMAND --help lists the options of a command.
   --version  print the version
@@ -46,7 +50,7 @@ Exit status: 0 fine, 1 failure while running, 2 wrong usage, 3 no driver or GPU,
 4 bad model or file, 5 out of GPU memory, 130 Ctrl-C.
 ";
 
-const COMMANDS: [&str; 5] = ["generate", "chat", "logits", "inspect", "synth"];
+const COMMANDS: [&str; 7] = ["generate", "chat", "logits", "inspect", "synth", "bench", "lab"];
 
 /// Runs the program; every failure is one line on stderr and an exit status.
 pub(crate) fn main() -> ExitCode {
@@ -71,6 +75,8 @@ fn run(mut words: Vec<OsString>) -> Result<()> {
         "logits" => logits::run(Args::new("logits", logits::HELP, words)),
         "inspect" => inspect::run(Args::new("inspect", inspect::HELP, words)),
         "synth" => synth::run(Args::new("synth", synth::HELP, words)),
+        "bench" => bench::run(Args::new("bench", bench::HELP, words.clone()), words),
+        "lab" => lab::run(Args::new("lab", lab::HELP, words)),
         "help" if !words.is_empty() => {
             words.truncate(1);
             words.push("--help".into());

@@ -70,6 +70,25 @@ impl ModelFlags {
         }
     }
 
+    /// What `-m` says.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
+    /// What `--device` says.
+    pub(super) fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The GPU that is used, if there is one.
+    pub(super) fn ordinal(&self) -> Option<usize> {
+        match self.device {
+            Device::Auto => Some(0),
+            Device::Cuda(ordinal) => Some(ordinal),
+            Device::Cpu => None,
+        }
+    }
+
     /// Opens the checkpoint without loading it.
     pub(super) fn open(&self) -> Result<Checkpoint> {
         match &self.model {

@@ -62,3 +62,9 @@ pub(super) fn progress(done_bytes: u64, total_bytes: u64) {
 pub(super) fn progress_wanted(quiet: bool) -> bool {
     !quiet && io::stderr().is_terminal()
 }
+
+/// Whether stdout is a terminal that wants colours.
+pub(super) fn coloured() -> bool {
+    let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    io::stdout().is_terminal() && !refused
+}

@@ -76,6 +76,14 @@ impl Batch {
     /// [`Error::Usage`] if there is not one prompt a slot, one holds an id outside the vocabulary or does not fit into the
     /// context, a value of `sampling` is out of range, or it has stop strings; [`Error::Cuda`] if the GPU fails.
     pub fn begin(&mut self, prompts: &[&[u32]], sampling: &Sampling) -> Result<()> {
+        self.begin_after(0, prompts, sampling)
+    }
+
+    /// As [`Batch::begin`], for prompts whose first `kept` tokens each slot's cache holds already: those are not computed again.
+    ///
+    /// # Errors
+    /// As [`Batch::begin`]; [`Error::Usage`] if a slot holds fewer tokens, or a prompt has no more than that.
+    pub fn begin_after(&mut self, kept: usize, prompts: &[&[u32]], sampling: &Sampling) -> Result<()> {
         sampling.validate()?;
         if !sampling.stop.is_empty() {
             return Err(Error::Usage("a batch gives ids, and knows no stop strings".to_owned()));
@@ -91,6 +99,11 @@ impl Batch {
                     "prompt {slot}: {tokens} tokens do not fit, the context holds {most}"
                 )));
             }
+            if kept > 0 && prompt.len() <= kept {
+                return Err(Error::Usage(format!(
+                    "prompt {slot}: nothing after the {kept} tokens that are kept"
+                )));
+            }
             if let Some(id) = prompt.iter().find(|&&id| id as usize >= vocab) {
                 return Err(Error::Usage(format!("prompt {slot}: id {id}, wanted an id below {vocab}")));
             }
@@ -100,15 +113,15 @@ impl Batch {
         match &mut self.slots {
             Slots::Cpu(slots) => {
                 for (slot, prompt) in slots.iter_mut().zip(prompts) {
-                    slot.begin(prompt, &sampling, stop_ids, self.max_context)?;
+                    slot.begin(kept, prompt, &sampling, stop_ids, self.max_context)?;
                 }
                 Ok(())
             }
             #[cfg(feature = "cuda")]
             Slots::Cuda(batch) => {
                 for (slot, prompt) in prompts.iter().enumerate() {
-                    batch.rewind(slot, 0)?;
-                    batch.prefill(slot, prompt)?;
+                    batch.rewind(slot, kept)?;
+                    batch.prefill(slot, &prompt[kept..])?;
                 }
                 batch.begin(&sampling, stop_ids, prompts)
             }
@@ -132,17 +145,18 @@ impl Batch {
 impl CpuSlot {
     fn begin(
         &mut self,
+        kept: usize,
         prompt: &[u32],
         sampling: &Sampling,
         stop_ids: &[u32],
         max_context: usize,
     ) -> Result<()> {
-        self.timeline.rewind(0)?;
+        self.timeline.rewind(kept)?;
         self.left = 0;
         if prompt.is_empty() {
             return Ok(());
         }
-        self.timeline.prefill(prompt)?;
+        self.timeline.prefill(&prompt[kept..])?;
         self.timeline.begin(sampling, stop_ids, prompt)?;
         self.stop_ids = stop_ids.to_vec();
         // The last token need not fit into the context.

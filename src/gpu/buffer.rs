@@ -12,6 +12,73 @@ use crate::sampler::Sampled;
 pub struct DevBuf<T> {
     slice: CudaSlice<T>,
     name: &'static str,
+    /// Elements in front and behind that are not part of it: see [`DevBuf::guarded`].
+    margin: usize,
+}
+
+/// Bytes in front of a guarded buffer and behind it: several rows of activations.
+const GUARD_BYTES: usize = 64 << 10;
+
+/// A type whose buffers can be guarded.
+pub trait Guard: DeviceRepr + ValidAsZeroBits + Copy {
+    /// What guards are filled with: not a number, so that a kernel that reads it shows it.
+    const GUARD: Self;
+    /// Equal bits.
+    fn same(self, other: Self) -> bool;
+}
+
+impl Guard for u8 {
+    const GUARD: u8 = 0x7e;
+    fn same(self, other: u8) -> bool {
+        self == other
+    }
+}
+
+impl Guard for u16 {
+    const GUARD: u16 = 0x7e5a;
+    fn same(self, other: u16) -> bool {
+        self == other
+    }
+}
+
+impl Guard for u32 {
+    const GUARD: u32 = 0x7fc5_a5a5;
+    fn same(self, other: u32) -> bool {
+        self == other
+    }
+}
+
+impl Guard for f32 {
+    const GUARD: f32 = f32::from_bits(u32::GUARD);
+    fn same(self, other: f32) -> bool {
+        self.to_bits() == other.to_bits()
+    }
+}
+
+impl<T: Guard> DevBuf<T> {
+    /// A copy of `host` with a guard in front and one behind.
+    ///
+    /// # Errors
+    /// As [`DevBuf::zeros`].
+    pub fn guarded(stream: &Stream, name: &'static str, host: &[T]) -> Result<DevBuf<T>> {
+        let margin = GUARD_BYTES / size_of::<T>();
+        let guard = vec![T::GUARD; margin];
+        let all = DevBuf::from_host(stream, name, &[&guard, host, &guard].concat())?;
+        Ok(DevBuf { margin, ..all })
+    }
+
+    /// Where a guard was written: elements before the buffer's start (negative) or behind its end (from 0); `None` if both are whole.
+    ///
+    /// # Errors
+    /// A driver failure.
+    pub fn trespass(&self, stream: &Stream) -> Result<Option<isize>> {
+        let (margin, len) = (self.margin, self.len());
+        let all = stream.inner.clone_dtoh(&self.slice).map_err(|e| driver_error(self.name, e))?;
+        stream.synchronize()?;
+        let touched = |i: &usize| !all[*i].same(T::GUARD);
+        let behind = (margin + len..all.len()).find(touched).map(|i| (i - margin - len) as isize);
+        Ok(behind.or_else(|| (0..margin).rev().find(touched).map(|i| i as isize - margin as isize)))
+    }
 }
 
 impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
@@ -28,7 +95,7 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
             },
             other => other,
         })?;
-        Ok(DevBuf { slice, name })
+        Ok(DevBuf { slice, name, margin: 0 })
     }
 
     /// A copy of `host`.
@@ -41,19 +108,19 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
     /// Elements.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.slice.len()
+        self.slice.len() - 2 * self.margin
     }
 
     /// Whether there are none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.slice.is_empty()
+        self.len() == 0
     }
 
     /// Bytes of device memory.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        (self.slice.len() * size_of::<T>()) as u64
+        (self.len() * size_of::<T>()) as u64
     }
 
     /// Copies `host` to elements `first ..`; waits until the copy is done with `host`.
@@ -61,20 +128,30 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
         if host.is_empty() {
             return Ok(());
         }
-        let (name, len) = (self.name, self.slice.len());
-        let mut view = self.slice.try_slice_mut(first..first + host.len()).ok_or_else(|| Error::Cuda {
+        let (name, len, margin) = (self.name, self.len(), self.margin);
+        let wrong = || Error::Cuda {
             op: format!("upload to {name}"),
             what: format!("elements {first}..{} of {len}", first + host.len()),
-        })?;
+        };
+        if first + host.len() > len {
+            return Err(wrong());
+        }
+        let place = margin + first..margin + first + host.len();
+        let mut view = self.slice.try_slice_mut(place).ok_or_else(wrong)?;
         stream.inner.memcpy_htod(host, &mut view).map_err(|e| driver_error(name, e))
     }
 
     /// Elements `first .. first + count`, after everything queued before.
     pub fn download(&self, stream: &Stream, first: usize, count: usize) -> Result<Vec<T>> {
-        let view = self.slice.try_slice(first..first + count).ok_or_else(|| Error::Cuda {
+        let wrong = || Error::Cuda {
             op: format!("download of {}", self.name),
-            what: format!("elements {first}..{} of {}", first + count, self.slice.len()),
-        })?;
+            what: format!("elements {first}..{} of {}", first + count, self.len()),
+        };
+        if first + count > self.len() {
+            return Err(wrong());
+        }
+        let place = self.margin + first..self.margin + first + count;
+        let view = self.slice.try_slice(place).ok_or_else(wrong)?;
         let host = stream.inner.clone_dtoh(&view).map_err(|e| driver_error(self.name, e))?;
         stream.synchronize()?;
         Ok(host)
@@ -93,12 +170,12 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
 
     pub(super) fn ptr(&self, stream: &Stream) -> *const T {
         let (pointer, _guard) = self.slice.device_ptr(&stream.inner);
-        pointer as *const T
+        (pointer as *const T).wrapping_add(self.margin)
     }
 
     pub(super) fn ptr_mut(&mut self, stream: &Stream) -> *mut T {
         let (pointer, _guard) = self.slice.device_ptr_mut(&stream.inner);
-        pointer as *mut T
+        (pointer as *mut T).wrapping_add(self.margin)
     }
 }
 

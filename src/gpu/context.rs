@@ -108,6 +108,18 @@ impl Gpu {
         &self.name
     }
 
+    /// Compute capability, major * 10 + minor: 90 for Hopper.
+    #[must_use]
+    pub fn capability(&self) -> i32 {
+        self.capability
+    }
+
+    /// Its number, as [`Gpu::open`] counts.
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
     /// Free and total bytes of GPU memory.
     pub fn memory(&self) -> Result<(u64, u64)> {
         let (free, total) =
@@ -130,6 +142,16 @@ impl Gpu {
             return Ok(blocks as usize);
         }
         Err(Error::Cuda { op: "decode_step".into(), what: format!("preparing it failed ({code})") })
+    }
+
+    /// Its place on the bus, as NVML names it: `0000:3b:00.0`.
+    #[must_use]
+    pub fn pci_id(&self) -> Option<String> {
+        let part = |attribute| self.context.attribute(attribute).ok();
+        let domain = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?;
+        let bus = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?;
+        let device = part(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?;
+        Some(format!("{domain:04x}:{bus:02x}:{device:02x}.0"))
     }
 
     /// Streaming multiprocessors: 132 on an H200.

@@ -1,6 +1,7 @@
 //! The device layer: everything `unsafe` of the GPU is in here, behind wrappers that check shapes.
 //!
-//! `ffi` (generated from `cuda/kernels.h`) < [`context`], [`buffer`] < [`ops`], [`graph`]. Each block of `unsafe` names the
+//! `ffi` (generated from `cuda/kernels.h`) < [`context`], [`buffer`] < [`spans`], [`swap`] < [`ops`], [`graph`]; [`nvml`] asks how the GPU
+//! is, [`nvtx`] tells profilers what it does. Each block of `unsafe` names the
 //! check that proves it. Nothing above this module sees a pointer.
 
 pub mod buffer;
@@ -8,8 +9,12 @@ pub mod context;
 #[allow(unsafe_code)]
 mod ffi;
 pub mod graph;
+pub mod nvml;
+pub mod nvtx;
 pub mod ops;
+pub mod spans;
+pub mod swap;
 
-pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault, total_time};
+pub use buffer::{Arrival, DevBuf, Guard, MappedFault, MappedTokens, Staging, StepFault, total_time};
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;

@@ -5,6 +5,7 @@
 // A helper that panics fails its test, as it should.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod bench;
 mod files;
 mod processes;
 mod program;

@@ -12,7 +12,7 @@ fn help_and_version_go_to_stdout() {
         assert_eq!(outcome.err, "", "{args:?}");
         assert!(outcome.out.contains("peregrine"), "{args:?}");
     }
-    for name in ["generate", "chat", "logits", "inspect", "synth"] {
+    for name in ["generate", "chat", "logits", "inspect", "synth", "bench", "lab"] {
         let outcome = run(&[name, "--help"]);
         assert_eq!((outcome.code, outcome.err.as_str()), (0, ""), "{name}");
         assert!(outcome.out.contains(&format!("Usage: peregrine {name}")), "{name}");

@@ -5,7 +5,7 @@
 //!
 //! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
-//! start, sample. `probe`: unpack_check, stream_read.
+//! start, sample. `probe`: unpack_check, stream_read, mma_peak.
 
 mod attention;
 mod decode_step;
@@ -26,7 +26,7 @@ pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefi
 pub use decode_step::{
     DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
 };
-pub use probe::{stream_read, unpack_check};
+pub use probe::{mma_peak, mma_peak_flop, stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
 };
@@ -87,10 +87,17 @@ macro_rules! call {
     ($op:ident, $stream:expr, $params:expr) => {{
         let params = $params;
         let launch = launch_on($stream)?;
-        // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; indices that only
-        // the device knows are clamped by the kernel (cuda/kernels.h); the launcher copies
-        // `params` and `launch` before it returns; buffers are freed in stream order, so they outlive the queued kernel.
-        let code = unsafe { ffi::$op(&params, &launch) };
+        let _range = super::super::nvtx::range(stringify!($op));
+        let span = super::super::spans::open(stringify!($op), $stream)?;
+        let code = match super::super::swap::launcher(stringify!($op)) {
+            // SAFETY: the caller proved each buffer against the shape with `require`, in the lines above; indices that only
+            // the device knows are clamped by the kernel (cuda/kernels.h); the launcher copies
+            // `params` and `launch` before it returns; buffers are freed in stream order, so they outlive the queued kernel.
+            None => unsafe { ffi::$op(&params, &launch) },
+            // SAFETY: as above, for a launcher of the same name and contract that somebody chose to load (`swap`).
+            Some(launcher) => unsafe { launcher((&raw const params).cast(), &launch) },
+        };
+        super::super::spans::close(span, $stream)?;
         check(stringify!($op), code, $stream)
     }};
 }

@@ -1,4 +1,4 @@
-//! What is asked of a GPU, not of a model: `unpack_check`, `stream_read`.
+//! What is asked of a GPU, not of a model: `unpack_check`, `stream_read`, `mma_peak`.
 
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
@@ -26,4 +26,28 @@ pub fn stream_read(stream: &Stream, data: &DevBuf<u8>, mix: &mut DevBuf<u32>, bl
         blocks: u32_of(op, blocks)?,
     };
     call!(stream_read, stream, params)
+}
+
+/// `mma_peak`: `rounds` rounds of dense f16 products in each of `blocks` blocks; `sum [1]` keeps them.
+#[allow(unsafe_code)]
+pub fn mma_peak(stream: &Stream, sum: &mut DevBuf<f32>, rounds: usize, blocks: usize) -> Result<()> {
+    let op = "mma_peak";
+    sum.require(op, 1)?;
+    let params = ffi::MmaPeakParams {
+        sum: sum.ptr_mut(stream),
+        flop: std::ptr::null_mut(),
+        rounds: u32_of(op, rounds)?,
+        blocks: u32_of(op, blocks)?,
+    };
+    call!(mma_peak, stream, params)
+}
+
+/// FLOP of a round of one block of [`mma_peak`], which differ with the GPU.
+#[allow(unsafe_code)]
+pub fn mma_peak_flop(stream: &Stream) -> Result<f64> {
+    let mut flop = DevBuf::<f32>::zeros(stream, "flop", 2)?;
+    let to = flop.ptr_mut(stream);
+    let params = ffi::MmaPeakParams { sum: to.wrapping_add(1), flop: to, rounds: 1, blocks: 1 };
+    call!(mma_peak, stream, params)?;
+    Ok(f64::from(flop.download(stream, 0, 1)?[0]))
 }

@@ -1,0 +1,310 @@
+//! Calls of ops on rows and on the table: layernorm, permute, embed, head.
+
+use super::super::kit::{NAN16, Random, to_f32};
+use super::super::{FFN, HIDDEN, VOCAB};
+use super::{Call, F16_TOLERANCE, F32_TOLERANCE, Output, all, guarded, only, trespass};
+use crate::checkpoint::{FloatTensor, FloatType};
+use crate::error::Result;
+use crate::gpu::ops::{self, Norm, PendingSum, StepTokens, Table};
+use crate::gpu::{DevBuf, Stream};
+use crate::measure::work::Work;
+use crate::reference;
+
+/// The calls of an op on rows.
+pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box<dyn Call>>) -> Result<()> {
+    match op {
+        "layernorm" => {
+            let checks: &[_] = &[
+                (64, 1, 0),
+                (64, 65, 2),
+                (320, 3, 5),
+                (HIDDEN, 1, 0),
+                (HIDDEN, 1, 5),
+                (HIDDEN, 8, 5),
+                (HIDDEN, 63, 0),
+                (HIDDEN, 65, 3),
+                (8192, 5, 1),
+            ];
+            let times: &[_] = &[(HIDDEN, 1, 5), (HIDDEN, 8, 5), (HIDDEN, 512, 5), (HIDDEN, 2048, 0)];
+            for &(hidden, m, slices) in if timing { times } else { checks } {
+                calls.push(Box::new(LayernormCall::new(stream, hidden, m, slices)?));
+            }
+        }
+        "permute" => {
+            let checks: &[_] = &[(64, 1), (320, 3), (FFN + HIDDEN, 9)];
+            for &(n, m) in if timing { &[(FFN + HIDDEN, 1)] } else { checks } {
+                calls.push(Box::new(PermuteCall::new(stream, n, m)?));
+            }
+        }
+        "embed" => {
+            for m in if timing { vec![1, 512] } else { vec![1, 63, 65] } {
+                calls.push(Box::new(EmbedCall::new(stream, if timing { VOCAB } else { 1024 }, m)?));
+            }
+        }
+        _ => {
+            let checks: &[_] =
+                &[(16, 64, 1), (512, 320, 9), (4096, HIDDEN, 1), (4096, HIDDEN, 63), (4096, HIDDEN, 64)];
+            let times: &[_] = &[(VOCAB, HIDDEN, 1), (VOCAB, HIDDEN, 8)];
+            for &(vocab, hidden, m) in if timing { times } else { checks } {
+                calls.push(Box::new(HeadCall::new(stream, vocab, hidden, m)?));
+            }
+        }
+    }
+    Ok(())
+}
+
+struct LayernormCall {
+    hidden: usize,
+    m: usize,
+    slices: usize,
+    norm: Norm,
+    host: [Vec<f32>; 5],
+    x: DevBuf<f32>,
+    partials: DevBuf<f32>,
+    sum_bias: DevBuf<f32>,
+    out: DevBuf<u16>,
+}
+
+impl LayernormCall {
+    fn new(stream: &Stream, hidden: usize, m: usize, slices: usize) -> Result<LayernormCall> {
+        let mut random = Random::new((hidden * 31 + m * 7 + slices) as u64);
+        let (weight, bias) = (random.values(hidden, 1.0), random.values(hidden, 0.5));
+        let (x, partials) = (random.values(m * hidden, 3.0), random.values(slices * m * hidden, 1.0));
+        let sum_bias = random.values(hidden, 1.0);
+        Ok(LayernormCall {
+            hidden,
+            m,
+            slices,
+            norm: Norm {
+                weight: guarded(stream, "weight", &weight)?,
+                bias: guarded(stream, "bias", &bias)?,
+                epsilon: 1e-5,
+            },
+            x: guarded(stream, "x", &x)?,
+            partials: guarded(stream, "partials", &partials)?,
+            sum_bias: guarded(stream, "partials_bias", &sum_bias)?,
+            out: guarded(stream, "out", &vec![NAN16; m * hidden])?,
+            host: [weight, bias, x, partials, sum_bias],
+        })
+    }
+}
+
+impl Call for LayernormCall {
+    fn label(&self) -> String {
+        format!("layernorm [{}, {}], {} slices", self.m, self.hidden, self.slices)
+    }
+
+    fn reset(&mut self, stream: &Stream) -> Result<()> {
+        self.x.upload(stream, 0, &self.host[2])?;
+        self.out.upload(stream, 0, &vec![NAN16; self.m * self.hidden])
+    }
+
+    fn launch(&mut self, stream: &Stream) -> Result<()> {
+        let sum = PendingSum { partials: &self.partials, slices: self.slices, bias: Some(&self.sum_bias) };
+        let pending = (self.slices > 0).then_some(sum);
+        ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out)
+    }
+
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
+        let [weight, bias, x, partials, sum_bias] = &self.host;
+        let mut x = x.clone();
+        for part in partials.chunks(self.m * self.hidden) {
+            reference::add(&mut x, part);
+        }
+        if self.slices > 0 {
+            x.chunks_mut(self.hidden).for_each(|row| reference::add(row, sum_bias));
+        }
+        let want = only(wanted, || reference::layernorm(&x, weight, bias, 1e-5));
+        let (new_x, out) = (all(stream, &self.x)?, to_f32(&all(stream, &self.out)?));
+        Ok(vec![
+            Output { name: "x", row: self.hidden, got: new_x, want: x, tolerance: 0.0 },
+            Output { name: "out", row: self.hidden, got: out, want, tolerance: F16_TOLERANCE },
+        ])
+    }
+
+    fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
+        trespass!(stream, "out": self.out, "x": self.x, "partials": self.partials, "weight": self.norm.weight,
+            "bias": self.norm.bias, "partials_bias": self.sum_bias)
+    }
+
+    fn work(&self) -> Work {
+        let value = 4 + 2 + if self.slices > 0 { 4 + 4 * self.slices } else { 0 };
+        Work { bytes: (self.m * self.hidden * value) as f64, flop: (8 * self.m * self.hidden) as f64 }
+    }
+}
+
+struct PermuteCall {
+    n: usize,
+    m: usize,
+    want: Vec<u16>,
+    x: DevBuf<u16>,
+    source: DevBuf<u32>,
+    out: DevBuf<u16>,
+}
+
+impl PermuteCall {
+    fn new(stream: &Stream, n: usize, m: usize) -> Result<PermuteCall> {
+        let mut random = Random::new(n as u64);
+        let x = random.halves(m * n, 1.0);
+        let source: Vec<u32> = (0..n).map(|_| (random.bits() % n as u64) as u32).collect();
+        let want = x.chunks(n).flat_map(|row| source.iter().map(|&i| row[i as usize]).collect::<Vec<_>>());
+        Ok(PermuteCall {
+            n,
+            m,
+            want: want.collect(),
+            x: guarded(stream, "x", &x)?,
+            source: guarded(stream, "source", &source)?,
+            out: guarded(stream, "out", &vec![NAN16; m * n])?,
+        })
+    }
+}
+
+impl Call for PermuteCall {
+    fn label(&self) -> String {
+        format!("permute [{}, {}]", self.m, self.n)
+    }
+
+    fn reset(&mut self, stream: &Stream) -> Result<()> {
+        self.out.upload(stream, 0, &vec![NAN16; self.m * self.n])
+    }
+
+    fn launch(&mut self, stream: &Stream) -> Result<()> {
+        ops::permute(stream, &self.x, &self.source, self.m, &mut self.out)
+    }
+
+    fn outputs(&self, stream: &Stream, _wanted: bool) -> Result<Vec<Output>> {
+        let got = to_f32(&all(stream, &self.out)?);
+        Ok(vec![Output { name: "out", row: self.n, got, want: to_f32(&self.want), tolerance: 0.0 }])
+    }
+
+    fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
+        trespass!(stream, "out": self.out, "x": self.x, "source": self.source)
+    }
+
+    fn work(&self) -> Work {
+        Work { bytes: (self.n * (4 * self.m + 4)) as f64, flop: 0.0 }
+    }
+}
+
+/// A random table, on the host and in units on the GPU.
+fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, Table)> {
+    // Drawn from some thousand values: a table of 300 million would take seconds.
+    let mut random = Random::new(9);
+    let values = random.halves(4096, (hidden as f32).sqrt().recip());
+    let draws = (0..(vocab * hidden).div_ceil(5)).flat_map(|_| {
+        let bits = random.bits();
+        (0..5).map(move |i| (bits >> (12 * i)) as usize % 4096)
+    });
+    let rows: Vec<u16> = draws.take(vocab * hidden).map(|i| values[i]).collect();
+    let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
+    let raw = DevBuf::from_host(stream, "raw", &bytes)?;
+    let mut units = guarded(stream, "units", &vec![NAN16; rows.len()])?;
+    ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0)?;
+    Ok((bytes, Table { units, vocab, hidden }))
+}
+
+struct EmbedCall {
+    m: usize,
+    ids: Vec<u32>,
+    bytes: Vec<u8>,
+    table: Table,
+    words: DevBuf<u32>,
+    x: DevBuf<f32>,
+}
+
+impl EmbedCall {
+    fn new(stream: &Stream, vocab: usize, m: usize) -> Result<EmbedCall> {
+        let (bytes, table) = table(stream, vocab, HIDDEN)?;
+        let mut random = Random::new(m as u64);
+        let mut ids: Vec<u32> = (0..m).map(|_| (random.bits() % vocab as u64) as u32).collect();
+        ids[m - 1] = vocab as u32 - 1;
+        let words = guarded(stream, "token", &ops::step_token_words(&ids, 0, 0)?)?;
+        Ok(EmbedCall { m, ids, bytes, table, words, x: guarded(stream, "x", &vec![f32::NAN; m * HIDDEN])? })
+    }
+}
+
+impl Call for EmbedCall {
+    fn label(&self) -> String {
+        format!("embed [{}, {HIDDEN}] of {}", self.m, self.table.vocab)
+    }
+
+    fn reset(&mut self, stream: &Stream) -> Result<()> {
+        self.x.upload(stream, 0, &vec![f32::NAN; self.m * HIDDEN])
+    }
+
+    fn launch(&mut self, stream: &Stream) -> Result<()> {
+        ops::embed(stream, &self.table, StepTokens::list(&self.words, self.m), &mut self.x)
+    }
+
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
+        let tensor =
+            FloatTensor { dtype: FloatType::F16, shape: [self.table.vocab, HIDDEN], bytes: &self.bytes };
+        let want = only(wanted, || reference::embed(&tensor, &self.ids));
+        Ok(vec![Output { name: "x", row: HIDDEN, got: all(stream, &self.x)?, want, tolerance: 0.0 }])
+    }
+
+    fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
+        trespass!(stream, "x": self.x, "token": self.words, "units": self.table.units)
+    }
+
+    fn work(&self) -> Work {
+        Work { bytes: (self.m * HIDDEN * 6) as f64, flop: 0.0 }
+    }
+}
+
+struct HeadCall {
+    m: usize,
+    bytes: Vec<u8>,
+    host_x: Vec<u16>,
+    table: Table,
+    x: DevBuf<u16>,
+    logits: DevBuf<f32>,
+}
+
+impl HeadCall {
+    fn new(stream: &Stream, vocab: usize, hidden: usize, m: usize) -> Result<HeadCall> {
+        let (bytes, table) = table(stream, vocab, hidden)?;
+        let host_x = Random::new(10 + m as u64).halves(m * hidden, 1.0);
+        let x = guarded(stream, "x", &host_x)?;
+        Ok(HeadCall {
+            m,
+            bytes,
+            host_x,
+            table,
+            x,
+            logits: guarded(stream, "logits", &vec![f32::NAN; m * vocab])?,
+        })
+    }
+}
+
+impl Call for HeadCall {
+    fn label(&self) -> String {
+        format!("head [{}, {}] of {}", self.m, self.table.hidden, self.table.vocab)
+    }
+
+    fn reset(&mut self, stream: &Stream) -> Result<()> {
+        self.logits.upload(stream, 0, &vec![f32::NAN; self.m * self.table.vocab])
+    }
+
+    fn launch(&mut self, stream: &Stream) -> Result<()> {
+        ops::head(stream, &self.table, &self.x, 0, self.m, &mut self.logits, 0)
+    }
+
+    fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
+        let Table { vocab, hidden, .. } = self.table;
+        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &self.bytes };
+        let want = only(wanted, || reference::head(&to_f32(&self.host_x), &tensor));
+        let got = all(stream, &self.logits)?;
+        Ok(vec![Output { name: "logits", row: vocab, got, want, tolerance: F32_TOLERANCE }])
+    }
+
+    fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
+        trespass!(stream, "logits": self.logits, "x": self.x, "units": self.table.units)
+    }
+
+    fn work(&self) -> Work {
+        let weights = (self.table.vocab * self.table.hidden) as f64;
+        let moved = self.m * (self.table.hidden * 2 + self.table.vocab * 4);
+        Work { bytes: weights * 2.0 + moved as f64, flop: 2.0 * weights * self.m as f64 }
+    }
+}
