@@ -10,12 +10,30 @@
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rustc-check-cfg=cfg(peregrine_sm90)");
+    name_commit();
     #[cfg(feature = "cuda")]
     if let Err(message) = cuda::build() {
         println!("cargo:warning={message}");
         eprintln!("error: {message}");
         std::process::exit(1);
     }
+}
+
+/// `PEREGRINE_COMMIT`, for records of `peregrine bench`: the commit, with a `+` if files differed from it when it was asked for. Unset
+/// outside a git checkout.
+fn name_commit() {
+    if !std::path::Path::new(".git").exists() {
+        return;
+    }
+    let git =
+        std::process::Command::new("git").args(["describe", "--always", "--dirty=+", "--exclude=*"]).output();
+    let Ok(said) = git else { return };
+    let commit = String::from_utf8_lossy(&said.stdout).trim().to_owned();
+    if said.status.success() && !commit.is_empty() {
+        println!("cargo:rustc-env=PEREGRINE_COMMIT={commit}");
+    }
+    // Written at each commit and checkout.
+    println!("cargo:rerun-if-changed=.git/logs/HEAD");
 }
 
 #[cfg(feature = "cuda")]

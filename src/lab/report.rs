@@ -51,7 +51,8 @@ pub fn kernels(ptxas: &str) -> Vec<Kernel> {
             found.push(Kernel { name: readable(name), target: target.into(), ..Kernel::default() });
         }
         let Some(kernel) = found.last_mut() else { continue };
-        if line.contains("bytes stack frame") {
+        // What stands behind the registers is of functions the kernel calls.
+        if line.contains("bytes stack frame") && kernel.registers == 0 {
             kernel.stack_bytes = before(line, " bytes stack frame");
             kernel.spill_bytes = before(line, " bytes spill stores");
         }
@@ -113,6 +114,8 @@ ptxas info    : Compiling entry function '_ZN61_GLOBAL__N__0_12_layernorm_cu_x16
 ptxas info    : Function properties for _ZN61_x
     16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 74 registers, used 1 barriers, 128 bytes smem
+ptxas info    : Function properties for _ZN45_called
+    0 bytes stack frame, 0 bytes spill stores, 12 bytes spill loads
 ptxas info    : Compiling entry function '_Z5plain1P' for 'sm_80'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 40 registers, used 0 barriers, 400 bytes cmem[0]
