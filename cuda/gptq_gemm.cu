@@ -11,6 +11,7 @@
 //          warps an SM issues in 40 % of the cycles: latencies, probably of unpacking and barriers, are not hidden.
 // Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
 // Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
+#include "gemm_plan.cuh"
 #include "launch.cuh"
 #include "units.cuh"
 
@@ -187,6 +188,7 @@ extern "C" int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l) {
     const uint32_t k_units = w.k / UNIT_INPUTS;
     if (p->slices == 0 || (p->slices > 1 && !p->y.partials)) return PEREGRINE_BAD_SHAPE;
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
+    if (const uint32_t multiprocessors = gptq_gemm_wgmma_multiprocessors()) return gptq_gemm_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
         case 2: return run_tokens<1, false>(p, l);
         case 3: return run_tokens<1, true>(p, l);
