@@ -27,15 +27,18 @@ struct GemmPlan {
         : row_tiles(row_tiles), token_tiles(token_tiles), slices(slices), k_units(k_units) {
         constexpr uint32_t LEAST_UNITS = 4;  // of a block's share
         slice_units = (k_units + slices - 1) / slices;
-        const uint32_t tiles = row_tiles * token_tiles * slices, rounds = (tiles + multiprocessors - 1) / multiprocessors;
+        const uint32_t tiles = row_tiles * token_tiles * slices, rounds = tiles / multiprocessors, rest = tiles % multiprocessors;
         whole = tiles;
         // Cutting costs about 3 % of a round: 128 KB of sums from some blocks to others.
-        if (may_share && slices == 1 && tiles * 100 < rounds * multiprocessors * 97) {
-            whole = tiles < 2 * multiprocessors ? 0 : (tiles / multiprocessors - 1) * multiprocessors;
+        if (may_share && slices == 1 && tiles * 100 < (rounds + (rest > 0)) * multiprocessors * 97) {
+            whole -= rest;
+            // Of few tiles each would be cut into many parts, for one block to add up: cut a round more.
+            if (rounds > 0 && rest * 8 < multiprocessors) whole -= multiprocessors;
         }
         shared = tiles - whole;
-        const uint32_t parts = shared ? (shared * k_units + LEAST_UNITS - 1) / LEAST_UNITS : tiles;
-        blocks = parts < multiprocessors && whole == 0 || !shared && parts < multiprocessors ? parts : multiprocessors;
+        // Where every block has a whole tile, or the line is long enough, all multiprocessors get one.
+        const uint32_t parts = whole ? whole : (shared * k_units + LEAST_UNITS - 1) / LEAST_UNITS;
+        blocks = parts < multiprocessors ? parts : multiprocessors;
     }
 
     // First unit of block b's part of the line.

@@ -1,18 +1,39 @@
-// gptq_gemm_wgmma — gptq_gemm on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.
-// Reference: reference.rs::gptq_matmul
+// gptq_gemm_wgmma — gptq_gemm on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
+// Shapes   as gptq_gemm: any number of tokens, made for more than 64; out_stride and gelu_stride multiples of 8.
+// Reads    W once per 256 tokens (128 and fewer: once), x once per 128 to 256 rows, through L2.   Writes see GptqOutput.
+// Mapping  one block a multiprocessor, which stays for the whole product (gemm_plan.cuh). A block's warpgroups multiply 64 rows each by
+//          TOKENS tokens: weights are wgmma's A operand, in registers, unpacked while the tensor cores work on the unit before; a stage's
+//          activations are B, in shared memory. One thread fetches the stages, one unit (64 inputs) each, by two tensor-map copies.
+// Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it: one multiplication for two weights instead of 128
+//          f32 multiply-adds a thread and unit. All units of a segment are one chain of the tensor core, whose f32 adds truncate: relative
+//          error 2.5e-5 over 22720 inputs, 4.9e-6 over 4544 (f16 outputs: 2.1e-4, their rounding). Sums of shared tiles are added in order.
+// Tokens   a tile has the multiple of 16, 32, 64, 80, 96, 128 or 256 that leaves the least work; groups of rows so that sums, two units
+//          of weights and addresses fit the registers: 2 x 64 rows (256 tokens: 128 registers of sums), 3 (80, 96) or 4.
+// Shared   activations [TOKENS][64] f16 with the 128-byte swizzle; then the units of the row tiles as they lie in memory.
+// Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
+// Measured beside torch.matmul on the unpacked f16 weights, both inside graphs, alternating, cold weights; H100 (80 GB HBM3), us:
+//              tokens       65          128         129         512         1024 (*)    2048
+//              [qkv ; up]   38.1 / 78.4 51.2 / 79.9 66.3 / 81.6 152 / 149   337 / 301   673 / 632
+//              [down|dense] 41.6 / 85.3 60.2 / 89.0 66.7 / 92.6 149 / 144   341 / 366   635 / 613
+//          (*) from a run whose flags of shared tiles were out of bounds: to be measured again. [qkv ; up] differs by 5 % between runs.
+//          The GPU throttles at these rates (1.5 to 1.7 of 1.98 GHz): there, energy is time.
+// Tried    on the H200, before the tile was 128 rows x 256 tokens, it was 256 x 128, two blocks of 64 rows a warpgroup: twice the
+//          unpacking; 1.11 to 1.20 of torch at 2048 tokens, where the same without unpacking and without weights had 1.00 to 1.10.
+//          Units fetched by 16 bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens, 938 for 676 at 2048.
+//          erff in the epilogue: 8 us of 166 at 512 tokens. Starting the second warpgroup 1500 to 4500 cycles late, so that one's
+//          epilogue falls on the other's products: no difference. Cutting a whole round of tiles besides what is left over: 855 us instead
+//          of 635 ([down | dense], 2048 tokens): blocks at different inputs of the same tokens push them out of L2.
+// Short    at 16 to 64 tokens 29 to 42 us: gptq_batch is faster there. 65 tokens take 80 us a layer where the stream of weights allows 39.
 #include "bulk.cuh"
 #include "chain.cuh"
+#include "gemm_output.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
 #include "tma.cuh"
 
-#ifndef GELU
-#define GELU gelu_quick
-#endif
 namespace {
 
 constexpr int SHARED_BYTES = 227 * 1024;
-constexpr int TRANSPOSE_BYTES = 512;  // a warp: 16 tokens x 16 rows of f16
 
 // A block has GROUPS warpgroups that multiply, 64 rows each, and one that fetches.
 template <int SCALES_, bool ZEROS_, int TOKENS_>
@@ -20,17 +41,17 @@ struct GemmShape {
     static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
     static constexpr bool ZEROS = ZEROS_;
     using Units = GptqUnits<SCALES, ZEROS>;
-    static constexpr int GROUPS = TOKENS > 128 ? 2 : 4;
+    static constexpr int GROUPS = TOKENS > 128 ? 2 : TOKENS > 64 ? 3 : 4;
     static constexpr int THREADS = (GROUPS + 1) * 128;
-    static constexpr int FETCH_REGISTERS = GROUPS == 2 ? 40 : 32, MULTIPLY_REGISTERS = GROUPS == 2 ? 232 : 112;
     static constexpr int TILE_UNITS = GROUPS * 4;  // row tiles of 16
-    static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE && GROUPS <= PEREGRINE_GEMM_GROUPS, "what the caller makes room for");
+    static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE && GROUPS <= PEREGRINE_GEMM_GROUPS, "the caller makes room");
     static constexpr int X_BYTES = TOKENS * TOKEN_BYTES;
     static constexpr int W_BYTES = TILE_UNITS * Units::BYTES;
     static constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + 1023) / 1024 * 1024;
     static constexpr int EXTRA_BYTES = GROUPS * 4 * TRANSPOSE_BYTES + 1024;  // and barriers
     static constexpr int FIT = (SHARED_BYTES - EXTRA_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 16 ? FIT : 16;
+    static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
     using Sums = float[TOKENS / 8][4];
 };
 
@@ -50,7 +71,7 @@ struct Ring {
     uint32_t slot = 0, parity = 0;
 
     __device__ __forceinline__ explicit Ring(uint8_t* smem)
-        : stages(smem), barriers(reinterpret_cast<uint64_t*>(smem + Shape::STAGES * Shape::STAGE_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES)) {}
+        : stages(smem), barriers(reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES)) {}
     __device__ __forceinline__ uint8_t* stage() const { return stages + slot * Shape::STAGE_BYTES; }
     __device__ __forceinline__ uint64_t* full() const { return barriers + slot; }
     __device__ __forceinline__ uint64_t* empty() const { return barriers + Shape::STAGES + slot; }
@@ -152,7 +173,8 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, Ring<Shape>&
         wgmma_wait<1>();
         // The compiler does not know that the registers were in use until here.
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) asm volatile("" : "+r"(next[s][0]), "+r"(next[s][1]), "+r"(next[s][2]), "+r"(next[s][3])::"memory");
+        for (int s = 0; s < STEPS; s++)
+            asm volatile("" : "+r"(next[s][0]), "+r"(next[s][1]), "+r"(next[s][2]), "+r"(next[s][3])::"memory");
         if (u > 0 && lane == 0) ring.template release<2>();
         unpack<Shape>(raw, next);
     };
@@ -164,118 +186,16 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, Ring<Shape>&
     }
     wgmma_wait<0>();
 #pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++) asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+    for (int n = 0; n < Shape::TOKENS / 8; n++)
+        asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
     if (lane == 0) ring.template release<1>();
-}
-
-__device__ __forceinline__ void warpgroup_barrier(uint32_t group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-
-// Sums of a part of a tile that another block stores: [share index][warpgroup][float4][thread].
-template <class Shape>
-__device__ __forceinline__ float4* split_sums(const GptqMatmulParams& p, uint32_t share_index, uint32_t group) {
-    return reinterpret_cast<float4*>(p.split_sums) + ((size_t)share_index * Shape::GROUPS + group) * (Shape::TOKENS / 8) * 128 +
-           threadIdx.x % 128;
-}
-
-template <class Shape>
-__device__ __forceinline__ void give_sums(const GptqMatmulParams& p, const typename Shape::Sums& acc, uint32_t share_index, uint32_t group) {
-    float4* to = split_sums<Shape>(p, share_index, group);
-#pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++) __stcg(to + n * 128, make_float4(acc[n][0], acc[n][1], acc[n][2], acc[n][3]));
-    __threadfence();
-    warpgroup_barrier(group);
-    if (threadIdx.x % 128 == 0)
-        asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(p.split_flags + share_index * PEREGRINE_GEMM_GROUPS + group) : "memory");
-}
-
-// Adds what block `share_index` gave, and clears its flag for the next launch.
-template <class Shape>
-__device__ __forceinline__ void take_sums(const GptqMatmulParams& p, typename Shape::Sums& acc, uint32_t share_index, uint32_t group) {
-    uint32_t* flag = p.split_flags + share_index * PEREGRINE_GEMM_GROUPS + group;
-    if (threadIdx.x % 128 == 0) {
-        uint32_t given;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(given) : "l"(flag) : "memory");
-        while (!given);
-        *flag = 0;
-    }
-    warpgroup_barrier(group);
-    const float4* from = split_sums<Shape>(p, share_index, group);
-#pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++) {
-        const float4 v = __ldcg(from + n * 128);
-        acc[n][0] += v.x, acc[n][1] += v.y, acc[n][2] += v.z, acc[n][3] += v.w;
-    }
-}
-
-// GELU by erfc(z) = t (c1 + t (c2 + ...)) exp(-z^2), t = 1 / (1 + p z), z = |v| / sqrt 2 (Abramowitz and Stegun 7.1.26: within 1.5e-7);
-// 14 instructions where erff takes some 30, and no branch.
-__device__ __forceinline__ float gelu_quick(float v) {
-    float t, e;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(fabsf(v), 0.3275911f * 0.70710678f, 1.f)));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * v * (-0.5f * 1.44269504f)));
-    const float half_erfc = t * e * fmaf(t, fmaf(t, fmaf(t, fmaf(t, 0.5307027145f, -0.7265760135f), 0.7107068705f), -0.142248368f), 0.127414796f);
-    return fmaxf(v, 0.f) - fabsf(v) * half_erfc;
-}
-
-// One row tile's sums as f16, 16 tokens at a time through shared memory, so that a token's 16 rows are stored as one sector.
-template <int TOKENS>
-__device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t row, uint32_t token0, const float (&acc)[TOKENS / 8][4],
-                                             uint8_t* transpose) {
-    const uint32_t lane = threadIdx.x % 32;
-    const GptqOutput& y = p.y;
-    const bool plain = row < y.split_row;
-    const float bias_low = y.bias ? y.bias[row + lane / 4] : 0.f, bias_high = y.bias ? y.bias[row + lane / 4 + 8] : 0.f;
-    uint16_t* out = plain ? y.out + row : y.gelu_out + (row - y.split_row);
-    const uint32_t stride = plain ? y.out_stride : y.gelu_stride;
-    // Matrix i of the four: rows 8 (i % 2), tokens 8 (i / 2); lane l names token l % 8 of matrix l / 8.
-    const uint32_t to = smem_address(transpose) + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
-    const auto pair = [&](float v0, float v1, float bias) {
-        v0 += bias, v1 += bias;
-        if (!plain) v0 = GELU(v0), v1 = GELU(v1);
-        return as_u32(__floats2half2_rn(v0, v1));
-    };
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; n += 2) {
-        const uint32_t r[4] = {pair(acc[n][0], acc[n][1], bias_low), pair(acc[n][2], acc[n][3], bias_high),
-                               pair(acc[n + 1][0], acc[n + 1][1], bias_low), pair(acc[n + 1][2], acc[n + 1][3], bias_high)};
-        __syncwarp();
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]),
-                     "r"(r[3]) : "memory");
-        __syncwarp();
-        const uint4 v = *reinterpret_cast<const uint4*>(transpose + lane * 16);
-        const uint32_t m = token0 + n * 8 + lane / 2;
-        if (m < p.tokens) *reinterpret_cast<uint4*>(out + (size_t)m * stride + lane % 2 * 8) = v;
-    }
-}
-
-// One row tile's sums as f32: to the partials, or added to the residual, where each element has this one writer.
-template <int TOKENS>
-__device__ __forceinline__ void store_floats(const GptqMatmulParams& p, uint32_t slice, uint32_t row, uint32_t token0,
-                                             const float (&acc)[TOKENS / 8][4]) {
-    const uint32_t lane = threadIdx.x % 32, row_low = row + lane / 4;
-    const bool partials = p.y.partials;
-    float* out = partials ? p.y.partials + (size_t)slice * p.tokens * p.w.n : p.y.residual;
-    const float bias[2] = {!partials && p.y.bias ? p.y.bias[row_low] : 0.f, !partials && p.y.bias ? p.y.bias[row_low + 8] : 0.f};
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const uint32_t m = token0 + n * 8 + lane % 4 * 2 + e % 2;
-            if (m >= p.tokens) continue;
-            float* to = out + (size_t)m * p.w.n + row_low + e / 2 * 8;
-            if (partials) *to = acc[n][e];
-            else asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(acc[n][e] + bias[e / 2]) : "memory");
-        }
 }
 
 template <class Shape>
 __device__ __forceinline__ void multiply_segments(const GemmParams& g, Ring<Shape> ring, uint32_t share_index, uint32_t group) {
     const uint32_t unit = threadIdx.x / 32;  // this warp's of a stage
-    uint8_t* transpose = ring.stages + Shape::STAGES * Shape::STAGE_BYTES + unit * TRANSPOSE_BYTES;
+    uint8_t* transpose = ring.stages + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
     GemmSegment s;
-#ifdef STAG
-    if (group % 2) { const uint32_t t0 = clock(); barrier_wait(ring.full(), 0); while (clock() - t0 < STAG) ; }
-#endif
     for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
         typename Shape::Sums acc;
         multiply<Shape>(acc, ring, s.end - s.begin, Shape::X_BYTES + unit * Shape::Units::BYTES);
@@ -283,9 +203,12 @@ __device__ __forceinline__ void multiply_segments(const GemmParams& g, Ring<Shap
             give_sums<Shape>(g.p, acc, share_index, group);
             continue;
         }
-        const uint32_t tile_end = (s.tile - g.plan.whole + 1) * g.plan.k_units;
-        for (uint32_t other = share_index + 1; !s.complete && other < g.plan.blocks && g.plan.share(other) < tile_end; other++)
-            take_sums<Shape>(g.p, acc, other, group);
+        if (!s.complete) {
+            const uint32_t tile_end = (s.tile - g.plan.whole + 1) * g.plan.k_units;
+            uint32_t end = share_index + 1;
+            while (end < g.plan.blocks && g.plan.share(end) < tile_end) end++;
+            take_sums<Shape>(g.p, acc, share_index + 1, end, group);
+        }
         const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
         const uint32_t row = (place.tile0 + unit) * UNIT_ROWS;
         if (row >= g.p.w.n) continue;
@@ -310,12 +233,15 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
         barrier_init_done();
     }
     __syncthreads();
+    // Of a thread; together no more than the block was launched with.
+    constexpr int FETCH_REGISTERS = Shape::GROUPS == 2 ? 40 : Shape::GROUPS == 3 ? 56 : 32;
+    constexpr int MULTIPLY_REGISTERS = Shape::GROUPS == 2 ? 232 : Shape::GROUPS == 3 ? 152 : 112;
     const uint32_t share_index = gridDim.x - 1 - blockIdx.x, group = threadIdx.x / 128;
     if (group == Shape::GROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::FETCH_REGISTERS));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
         if (threadIdx.x == Shape::GROUPS * 128) fetch<Shape>(g, ring, share_index);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::MULTIPLY_REGISTERS));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
         wait_previous();
         multiply_segments<Shape>(g, ring, share_index, group);
     }
@@ -328,8 +254,9 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     const uint32_t k_units = p->w.k / UNIT_INPUTS, tiles = p->w.n / UNIT_ROWS;
-    const GemmPlan plan((tiles + Shape::TILE_UNITS - 1) / Shape::TILE_UNITS, (p->tokens + Shape::TOKENS - 1) / Shape::TOKENS, p->slices, k_units,
-                        multiprocessors, p->split_sums && p->split_flags);
+    const uint32_t row_tiles = (tiles + Shape::TILE_UNITS - 1) / Shape::TILE_UNITS;
+    const uint32_t token_tiles = (p->tokens + Shape::TOKENS - 1) / Shape::TOKENS;
+    const GemmPlan plan(row_tiles, token_tiles, p->slices, k_units, multiprocessors, p->split_sums && p->split_flags);
     GemmParams g = {{}, {}, *p, plan};
     const TensorShape<3> w = {CU_TENSOR_MAP_DATA_TYPE_UINT32, {WORDS, k_units, tiles}, {WORDS * 4, (cuuint64_t)WORDS * 4 * k_units},
                               {WORDS, 1, Shape::TILE_UNITS}, CU_TENSOR_MAP_SWIZZLE_NONE};
@@ -338,7 +265,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     cudaError_t e = make_tensor_map(&g.w, p->w.units, w);
     if (e == cudaSuccess) e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    constexpr size_t smem = (size_t)Shape::STAGES * Shape::STAGE_BYTES + Shape::EXTRA_BYTES;
+    constexpr size_t smem = (size_t)Shape::RING_BYTES + Shape::EXTRA_BYTES;
     return launch(gptq_gemm_wgmma_kernel<Shape>, dim3(plan.blocks), Shape::THREADS, smem, l, g);
 }
 
@@ -376,7 +303,8 @@ uint32_t gptq_gemm_wgmma_multiprocessors() {
     if (major != 9 || minor != 0) return 0;
     // A build without sm_90a runs the PTX of an older target here, in which the kernel is empty.
     cudaFuncAttributes kernel;
-    if (cudaFuncGetAttributes(&kernel, gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>) != cudaSuccess || kernel.ptxVersion < 90) return 0;
+    if (cudaFuncGetAttributes(&kernel, gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>) != cudaSuccess) return 0;
+    if (kernel.ptxVersion < 90) return 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     return (uint32_t)multiprocessors;
 }

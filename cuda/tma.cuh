@@ -18,8 +18,9 @@ struct TensorShape {
 };
 
 // cuTensorMapEncodeTiled of the driver: the runtime finds it, so that nothing is linked to libcuda.
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                                 const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                 CUtensorMapFloatOOBfill);
 
 template <int RANK>
 cudaError_t make_tensor_map(CUtensorMap* map, const void* data, const TensorShape<RANK>& s) {
@@ -49,8 +50,9 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 }
 // The box at (c0, c1) or (c0, c1, c2) to shared address `to`; its bytes are reported to `barrier`.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t c0, uint32_t c1, uint64_t* barrier, uint64_t hint) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;"
-                 ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "l"(hint) : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;"
+        ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "l"(hint) : "memory");
 }
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t c0, uint32_t c1, uint32_t c2, uint64_t* barrier,
                                          uint64_t hint) {

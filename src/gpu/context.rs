@@ -237,10 +237,13 @@ impl Stream {
         if self.split_sums.get().is_none() {
             let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
             let context = self.inner.context();
-            let count = context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
+            let count =
+                context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
             let count = usize::try_from(count).unwrap_or(0);
-            let sums = DevBuf::zeros(self, "sums of shared tiles", count * ffi::PEREGRINE_GEMM_TILE as usize)?;
-            let flags = DevBuf::zeros(self, "flags of shared tiles", count * ffi::PEREGRINE_GEMM_GROUPS as usize)?;
+            let sums =
+                DevBuf::zeros(self, "sums of shared tiles", count * ffi::PEREGRINE_GEMM_TILE as usize)?;
+            let flags =
+                DevBuf::zeros(self, "flags of shared tiles", count * ffi::PEREGRINE_GEMM_GROUPS as usize)?;
             // Another thread may have been faster: then its buffers serve, and these are freed in stream order.
             let _ = self.split_sums.set(SplitSums { sums, flags });
         }
