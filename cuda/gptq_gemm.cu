@@ -1,5 +1,5 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch).
+// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch). On sm_90a gptq_gemm_wgmma.cu does the work instead.
 // Reads    W once per 128 (with two scales a row 64) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
 //          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two

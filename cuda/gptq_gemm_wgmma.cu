@@ -8,21 +8,22 @@
 //          f32 multiply-adds a thread and unit. All units of a segment are one chain of the tensor core, whose f32 adds truncate: relative
 //          error 2.5e-5 over 22720 inputs, 4.9e-6 over 4544 (f16 outputs: 2.1e-4, their rounding). Sums of shared tiles are added in order.
 // Tokens   a tile has the multiple of 16, 32, 64, 80, 96, 128 or 256 that leaves the least work; groups of rows so that sums, two units
-//          of weights and addresses fit the registers: 2 x 64 rows (256 tokens: 128 registers of sums), 3 (80, 96) or 4.
+//          of weights and addresses fit the registers: 2 x 64 rows (256 tokens: 128 registers of sums), 3 (80 to 128) or 4.
 // Shared   activations [TOKENS][64] f16 with the 128-byte swizzle; then the units of the row tiles as they lie in memory.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
 // Measured beside torch.matmul on the unpacked f16 weights, both inside graphs, alternating, cold weights; H100 (80 GB HBM3), us:
 //              tokens       65          128         129         512         1024 (*)    2048
 //              [qkv ; up]   38.1 / 78.4 51.2 / 79.9 66.3 / 81.6 152 / 149   337 / 301   673 / 632
 //              [down|dense] 41.6 / 85.3 60.2 / 89.0 66.7 / 92.6 149 / 144   341 / 366   635 / 613
-//          (*) from a run whose flags of shared tiles were out of bounds: to be measured again. [qkv ; up] differs by 5 % between runs.
+//          (*) from a run whose flags of shared tiles were out of bounds. [qkv ; up] at 2048 differs by 5 % between runs. 128 tokens: of
+//          tiles of 4 x 64 rows, whose wgmma ptxas serialised for want of registers (C7512); today's 3 x 64 are unmeasured.
 //          The GPU throttles at these rates (1.5 to 1.7 of 1.98 GHz): there, energy is time.
 // Tried    on the H200, before the tile was 128 rows x 256 tokens, it was 256 x 128, two blocks of 64 rows a warpgroup: twice the
 //          unpacking; 1.11 to 1.20 of torch at 2048 tokens, where the same without unpacking and without weights had 1.00 to 1.10.
 //          Units fetched by 16 bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens, 938 for 676 at 2048.
-//          erff in the epilogue: 8 us of 166 at 512 tokens. Starting the second warpgroup 1500 to 4500 cycles late, so that one's
+//          erff in the epilogue (*): 8 us of 174 at 512 tokens. Starting the second warpgroup 1500 to 4500 cycles late, so that one's
 //          epilogue falls on the other's products: no difference. Cutting a whole round of tiles besides what is left over: 855 us instead
-//          of 635 ([down | dense], 2048 tokens): blocks at different inputs of the same tokens push them out of L2.
+//          of 635 ([down | dense], 2048 tokens; (*)): blocks at different inputs of the same tokens push them out of L2.
 // Short    at 16 to 64 tokens 29 to 42 us: gptq_batch is faster there. 65 tokens take 80 us a layer where the stream of weights allows 39.
 #include "bulk.cuh"
 #include "chain.cuh"
