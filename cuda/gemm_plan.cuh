@@ -34,6 +34,8 @@ struct GemmPlan {
             whole -= rest;
             // Of few tiles each would be cut into many parts, for one block to add up: cut a round more.
             if (rounds > 0 && rest * 8 < multiprocessors) whole -= multiprocessors;
+            // Every block must get a part: owners wait for all that follow.
+            if (whole > 0 && (tiles - whole) * k_units < LEAST_UNITS * multiprocessors) whole = tiles;
         }
         shared = tiles - whole;
         // Where every block has a whole tile, or the line is long enough, all multiprocessors get one.
