@@ -164,7 +164,7 @@ mod cuda {
                 if m <= 512 {
                     b.row(&format!("{name} {kernel:?} m {m}"), work(), per_batch, |i| run(i, true));
                 }
-                if m > 128 && name == "down_dense" || m > 512 {
+                if m > BATCH_TOKENS && name == "down_dense" || m > 512 {
                     b.row(&format!("{name} {kernel:?} m {m} unsliced"), work(), per_batch, |i| run(i, false));
                 }
             }

@@ -5,12 +5,7 @@
 // same: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
 #pragma once
 #include "units.cuh"
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define PEREGRINE_WGMMA 1
-#else
-#define PEREGRINE_WGMMA 0
-#endif
+#include "wgmma.cuh"
 
 constexpr int TOKEN_BYTES = UNIT_INPUTS * 2;  // of a unit's inputs
 
@@ -80,56 +75,16 @@ struct TableUnits {
     }
 };
 
-#if PEREGRINE_WGMMA
-// c[64 rows of the warpgroup x TOKENS] = (add ? c : 0) + a * b; b from shared memory, 128-byte swizzle.
-__device__ __forceinline__ void wgmma(float (&c)[2][4], const uint32_t a[4], uint64_t b, int add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;}"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma(float (&c)[4][4], const uint32_t a[4], uint64_t b, int add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-        "{%16,%17,%18,%19}, %20, p, 1, 1, 0;}"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-__device__ __forceinline__ void wgmma(float (&c)[8][4], const uint32_t a[4], uint64_t b, int add) {
-    asm volatile(
-        "{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;}"
-        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
-          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
-          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
-          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]), "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-#endif
-
 // Starts chain = run `run` of the unit's inputs times the weights; `x` is the unit's activations in shared memory.
 template <class Weights, int TOKENS>
 __device__ __forceinline__ void start_chain(float (&chain)[TOKENS / 8][4], const Weights& w, uint32_t x, int run) {
 #if PEREGRINE_WGMMA
     constexpr int RUN_STEPS = STEPS / Weights::RUNS;
-    // Start address, distance of the 8-token groups (1024 bytes), 128-byte swizzle; lengths in 16 bytes.
-    const uint64_t descriptor = (uint64_t)(x / 16) | (uint64_t)1 << 16 | (uint64_t)(1024 / 16) << 32 | (uint64_t)1 << 62;
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    const uint64_t descriptor = wgmma_descriptor(x);
+    wgmma_fence();
 #pragma unroll
     for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s++) wgmma(chain, w.a[s], descriptor + s * 2, s > run * RUN_STEPS);
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-
-// Waits until at most PENDING chains are under way.
-template <int PENDING>
-__device__ __forceinline__ void wait_chains() {
-#if PEREGRINE_WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    wgmma_commit();
 #endif
 }
 
@@ -137,7 +92,7 @@ __device__ __forceinline__ void wait_chains() {
 template <class Weights, int TOKENS, int PENDING = 0>
 __device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&chain)[TOKENS / 8][4], Weights& w, uint32_t x, int run) {
 #if PEREGRINE_WGMMA
-    wait_chains<PENDING>();
+    wgmma_wait<PENDING>();
     // The compiler does not know that the registers were in use until here.
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; n++)

@@ -1,5 +1,5 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch).
+// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch). On sm_90a gptq_gemm_wgmma.cu does the work instead.
 // Reads    W once per 128 (with two scales a row 64) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
 //          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
@@ -11,6 +11,7 @@
 //          warps an SM issues in 40 % of the cycles: latencies, probably of unpacking and barriers, are not hidden.
 // Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
 // Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
+#include "gemm_plan.cuh"
 #include "launch.cuh"
 #include "units.cuh"
 
@@ -187,6 +188,7 @@ extern "C" int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l) {
     const uint32_t k_units = w.k / UNIT_INPUTS;
     if (p->slices == 0 || (p->slices > 1 && !p->y.partials)) return PEREGRINE_BAD_SHAPE;
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
+    if (const uint32_t multiprocessors = gptq_gemm_wgmma_multiprocessors()) return gptq_gemm_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
         case 2: return run_tokens<1, false>(p, l);
         case 3: return run_tokens<1, true>(p, l);

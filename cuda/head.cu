@@ -5,6 +5,7 @@
 //          9 to 64 tokens: one block an SM, its share of the rows in passes of up to 12 row tiles (batch.cuh), one pass over the table.
 // Floor    590.9 MB: 126 us at 4.70 TB/s.
 // Measured 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200.
+// Serial   ptxas lets the wgmma of a unit wait for its operands' loads (C7513): the stream of the table hides it.
 #include "batch.cuh"
 
 namespace {

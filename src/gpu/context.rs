@@ -3,13 +3,14 @@
 //! The driver is loaded at run time: without it, [`Gpu::open`] says so in one line and nothing else of this module can be
 //! reached. cudarc's own entry points panic when libcuda is missing, so its presence is asked for first.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use cudarc::driver::sys::{
     CUdevice_attribute, CUevent_flags, CUresult, cuDriverGetVersion, is_culib_present,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
+use super::buffer::DevBuf;
 use super::ffi;
 use crate::error::{Error, Result};
 
@@ -188,6 +189,8 @@ impl Gpu {
             inner,
             overlap: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY && !debug.sync,
             sync: debug.sync,
+            splits: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY,
+            split_sums: OnceLock::new(),
         }
     }
 }
@@ -199,13 +202,52 @@ pub struct Stream {
     pub(super) overlap: bool,
     /// `PEREGRINE_SYNC=1`: wait after every launch, so that a fault names its op.
     pub(super) sync: bool,
+    /// `gptq_gemm` spreads a product over all multiprocessors, given room for [`SplitSums`].
+    splits: bool,
+    split_sums: OnceLock<SplitSums>,
+}
+
+/// What `gptq_gemm` needs to share tiles between blocks. Kernels of one stream use it one after the other.
+pub(super) struct SplitSums {
+    /// `[multiprocessors, GEMM_TILE]`: 17 MB on an H200.
+    pub(super) sums: DevBuf<f32>,
+    /// `[multiprocessors, GEMM_GROUPS]`, zero between kernels.
+    pub(super) flags: DevBuf<u32>,
 }
 
 impl Stream {
     /// One more stream of the same GPU and kind.
     pub(super) fn another(&self) -> Result<Stream> {
         let inner = self.inner.context().new_stream().map_err(|e| driver_error("making a stream", e))?;
-        Ok(Stream { inner, overlap: self.overlap, sync: self.sync })
+        // It captures, and nothing may be allocated meanwhile.
+        let (splits, split_sums) = (false, OnceLock::new());
+        Ok(Stream { inner, overlap: self.overlap, sync: self.sync, splits, split_sums })
+    }
+
+    /// Whether `gptq_gemm` fills the GPU by itself, also where a product has few rows or tokens: no K slices are needed.
+    pub(crate) fn splits_products(&self) -> bool {
+        self.splits
+    }
+
+    /// Room for shared tiles, allocated when it is first wanted; `None`: this stream's kernels do without.
+    pub(super) fn split_sums(&self) -> Result<Option<&SplitSums>> {
+        if !self.splits {
+            return Ok(None);
+        }
+        if self.split_sums.get().is_none() {
+            let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+            let context = self.inner.context();
+            let count =
+                context.attribute(attribute).map_err(|e| driver_error("reading the GPU's attributes", e))?;
+            let count = usize::try_from(count).unwrap_or(0);
+            let sums =
+                DevBuf::zeros(self, "sums of shared tiles", count * ffi::PEREGRINE_GEMM_TILE as usize)?;
+            let flags =
+                DevBuf::zeros(self, "flags of shared tiles", count * ffi::PEREGRINE_GEMM_GROUPS as usize)?;
+            // Another thread may have been faster: then its buffers serve, and these are freed in stream order.
+            let _ = self.split_sums.set(SplitSums { sums, flags });
+        }
+        Ok(self.split_sums.get())
     }
 }
 

@@ -168,6 +168,7 @@ pub fn gptq_matmul(
     }
     a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
+    let split = if kernel == MatmulKernel::Gemm { stream.split_sums()? } else { None };
     let params = ffi::GptqMatmulParams {
         w: ffi::GptqMatrix {
             units: w.units.ptr(stream).wrapping_add(rows.start / UNIT_ROWS * tile_bytes),
@@ -181,6 +182,9 @@ pub fn gptq_matmul(
         tokens: u32_of(op, a.tokens)?,
         slices: u32_of(op, slices)?,
         y,
+        // Written by the kernel; kernels of one stream run in order, and nothing else has these pointers.
+        split_sums: split.map_or(std::ptr::null_mut(), |s| s.sums.ptr(stream).cast_mut()),
+        split_flags: split.map_or(std::ptr::null_mut(), |s| s.flags.ptr(stream).cast_mut()),
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
