@@ -1,7 +1,5 @@
 # make: build with the kernels.  make run: a short story.  make test: all that runs without a GPU.  make cuda: get nvcc.
 # Everything in one profile, so that the dependencies and the kernels are compiled once.
-# What `peregrine bench` says it was built from.
-export PEREGRINE_COMMIT := $(shell git describe --always --dirty 2>/dev/null)
 .PHONY: all run test cuda
 all: cuda
 	cargo build --release

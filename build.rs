@@ -33,7 +33,9 @@ fn name_commit() {
         println!("cargo:rustc-env=PEREGRINE_COMMIT={commit}");
     }
     // Written at each commit and checkout.
-    println!("cargo:rerun-if-changed=.git/logs/HEAD");
+    if std::path::Path::new(".git/logs/HEAD").exists() {
+        println!("cargo:rerun-if-changed=.git/logs/HEAD");
+    }
 }
 
 #[cfg(feature = "cuda")]

@@ -93,7 +93,7 @@ fn a_kernel_file_becomes_a_library() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab-compile");
     std::fs::create_dir_all(&folder).unwrap();
     let file = format!("{}/tests/kernels/layernorm_good.cu", env!("CARGO_MANIFEST_DIR"));
-    let compiled = compile::compile(file.as_ref(), &folder, 90).unwrap();
+    let compiled = compile::compile("layernorm", file.as_ref(), &folder, 90).unwrap();
     let kernels = report::kernels(&compiled.ptxas);
     assert_eq!(kernels.len(), 1, "{}", compiled.ptxas);
     assert_eq!((kernels[0].name.as_str(), kernels[0].spill_bytes), ("newcomer_kernel", 0));
@@ -102,7 +102,7 @@ fn a_kernel_file_becomes_a_library() {
     assert!(missing.contains("rope") && missing.contains("no launcher"), "{missing}");
     let broken = folder.join("broken.cu");
     std::fs::write(&broken, "#include \"launch.cuh\"\nthis is no kernel\n").unwrap();
-    let refused = compile::compile(&broken, &folder, 90).err().map(|e| e.to_string()).unwrap();
+    let refused = compile::compile("layernorm", &broken, &folder, 90).err().map(|e| e.to_string()).unwrap();
     assert!(refused.contains("nvcc refuses") && refused.contains("error"), "{refused}");
 }
 

@@ -41,12 +41,13 @@ pub struct Compiled {
     pub ptxas: String,
 }
 
-/// Compiles `file` into `folder`, for a GPU of `capability` (90: Hopper). Headers are searched beside the file, then in the folder,
-/// where those of this program are written.
+/// Compiles `file`, which exports the launcher of `op`, into `folder`, for a GPU of `capability` (90: Hopper). Headers are searched beside
+/// the file, then in the folder, where those of this program are written. The op's [`parts`](super::parts) are compiled with it where
+/// they lie beside it.
 ///
 /// # Errors
 /// [`Error::Usage`] if there is no nvcc, or with what it said if it refuses the file.
-pub fn compile(file: &Path, folder: &Path, capability: i32) -> Result<Compiled> {
+pub fn compile(op: &str, file: &Path, folder: &Path, capability: i32) -> Result<Compiled> {
     let shown = one_line(&file.display().to_string());
     let Some(nvcc) = nvcc() else {
         return Err(Error::Usage(format!(
@@ -75,6 +76,9 @@ pub fn compile(file: &Path, folder: &Path, capability: i32) -> Result<Compiled> 
         .arg("-I")
         .arg(folder)
         .arg(file)
+        .args(super::parts(op).map(|(name, _)| file.with_file_name(name)).filter(|part| part.is_file()))
+        // A launcher that calls what is not there would else be noticed by a crash.
+        .arg("-Xlinker=--no-undefined")
         .arg("-o")
         .arg(&library);
     // What the toolkit in wheels keeps in lib/ and nvcc looks for in lib64/.
@@ -87,7 +91,8 @@ pub fn compile(file: &Path, folder: &Path, capability: i32) -> Result<Compiled> 
     if output.status.success() {
         return Ok(Compiled { library, ptxas: said });
     }
-    let errors: Vec<&str> = said.lines().filter(|line| line.contains("error")).take(5).collect();
+    let errors: Vec<&str> =
+        said.lines().filter(|line| line.contains("error") || line.contains("undefined")).take(5).collect();
     let first = if errors.is_empty() { said.lines().take(5).collect() } else { errors };
     Err(Error::Usage(format!("nvcc refuses {shown}: {}", one_line(&first.join("; ")))))
 }

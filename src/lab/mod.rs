@@ -48,6 +48,12 @@ pub fn headers() -> impl Iterator<Item = (&'static str, &'static str)> {
     SOURCES.iter().copied().filter(|(name, _)| name.ends_with(".h") || name.ends_with(".cuh"))
 }
 
+/// Further files of `cuda/` that an op's launcher hands work to, by name: `gptq_gemm_wgmma.cu` for `gptq_gemm`.
+pub fn parts(op: &str) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let begins = format!("{op}_");
+    SOURCES.iter().copied().filter(move |(name, _)| name.starts_with(&begins) && name.ends_with(".cu"))
+}
+
 /// The kernel files of `cuda/`, without their ends.
 pub fn names() -> impl Iterator<Item = &'static str> {
     SOURCES.iter().filter_map(|(name, _)| name.strip_suffix(".cu"))

@@ -40,7 +40,7 @@ pub(super) fn attempt(options: &Options, op: &str, file: &str) -> Result<()> {
     std::fs::create_dir_all(&folder.0)
         .map_err(|e| Error::Io(format!("cannot make a temporary folder: {e}")))?;
     let library = if path.extension().is_some_and(|e| e == "cu") {
-        let compiled = compile::compile(path, &folder.0, capability)?;
+        let compiled = compile::compile(op, path, &folder.0, capability)?;
         output::print(&report::table(&report::kernels(&compiled.ptxas)))?;
         compiled.library
     } else {

@@ -39,7 +39,7 @@ pub(super) fn new(op: &str, folder: &str) -> Result<()> {
     fs::create_dir_all(folder).map_err(fail)?;
     let source = lab::source(&format!("{op}.cu")).unwrap_or_default();
     fs::write(folder.join(format!("{op}.cu")), source).map_err(fail)?;
-    for (name, text) in lab::headers() {
+    for (name, text) in lab::headers().chain(lab::parts(op)) {
         fs::write(folder.join(name), text).map_err(fail)?;
     }
     let what = lab::calls::OPS.iter().find(|known| known.0 == op).map_or("", |known| known.1);
