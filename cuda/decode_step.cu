@@ -21,8 +21,8 @@
 //
 // Floor     0.875 ms a token: 4111 MB at the 4.70 TB/s an H200 reads at best.
 // Measured  1 token  1.066 ms at position 128 (3.86 TB/s, 82 %), 1.137 ms at 2040; 2 tokens 1.15 to 1.17, 4 tokens 1.18 to 1.21 ms at 128.
-//           With zero points 1.103 ms. H200, steps back to back in a graph. 5 to 8 tokens: not measured since the inputs of the second
-//           tile of columns got their registers (2.6 ms before, most of it spills in every strip).
+//           With zero points 1.103 ms. H200, steps back to back in a graph. Since then the loading of a warp's inputs was written anew
+//           (`fetch`, `take_one`), which has not been timed; 8 tokens took 2.6 ms before, most of it spills in every strip.
 // Bound     The stream: without any waiting for each other, blocks take 1.044 ms (0.996 with two copies in flight a lane, whose queues
 //           cost more at the joins than they bring). Without copies and waits the consumers take 0.64 ms, of which 0.4 are strips. A
 //           layer is 29.3 us; waits for x are 4.6 us of it, the norm 2.4, a slice 1.8, attention's output 1.0, most of it hidden by the
@@ -47,7 +47,7 @@
 //           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
 //           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
 // Next      Producer lanes that do not wait for each other (they share a warp), so that 40 KB are in flight all the time; chunks of
-//           8 KB; the norm in fewer instructions (970 a warp).
+//           8 KB; the norm in fewer instructions (1170 a warp with the conversion of its inputs).
 // Spills    1028 bytes: most in attention, once an item, and the norm, once a layer; two or three words in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"

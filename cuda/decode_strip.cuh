@@ -156,8 +156,9 @@ __device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2]
 // sum[tile][0], [1]: rows g, g + 8 of tokens q, 4 + q, of `units` (a shared address) times x.
 template <bool ZEROS, int UNITS, int TILES>
 __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t units, const FixedInputs<UNITS, TILES>& x, uint32_t lane) {
+    // Units whose products run side by side, and units whose codes are loaded ahead: all of them, where there are registers for it.
     constexpr int BYTES = unit_bytes<1, ZEROS>(), SIDE = 3, AHEAD = TILES == 1 ? UNITS : SIDE;
-    static_assert(UNITS <= 8, "a unit is a row of a product, and two are a lane's");
+    static_assert(UNITS <= 8 && UNITS % SIDE == 0, "a unit is a row of the sums' product, two are a lane's; no unit is left over");
     uint4 codes[UNITS];
     uint32_t scales[UNITS], pair[2] = {}, zero[2] = {};
     const uint32_t q = units + UNIT_CODE_BYTES + lane / 4 * 4;

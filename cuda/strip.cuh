@@ -43,8 +43,7 @@ __device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit,
             ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(1.f, 1.f);
         constexpr float RATIO = CODE_LOW_SCALE / CODE_HIGH_SCALE;
         const float2 low = x.offset[i][h], high = make_float2(low.x * RATIO, low.y * RATIO);
-        float c[2][4] = {{zero.x * low.x, zero.x * low.y, zero.y * high.x, zero.y * high.y},
-                         {0.f, 0.f, 0.f, 0.f}};
+        float c[2][4] = {{zero.x * low.x, zero.x * low.y, zero.y * high.x, zero.y * high.y}, {0.f, 0.f, 0.f, 0.f}};
 #pragma unroll
         for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
             uint32_t a[4];

@@ -9,12 +9,14 @@ pub mod context;
 #[allow(unsafe_code)]
 mod ffi;
 pub mod graph;
+mod guard;
 pub mod nvml;
 pub mod nvtx;
 pub mod ops;
 pub mod spans;
 pub mod swap;
 
-pub use buffer::{Arrival, DevBuf, Guard, MappedFault, MappedTokens, Staging, StepFault, total_time};
+pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault, total_time};
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;
+pub use guard::Guard;

@@ -12,6 +12,7 @@
 #[cfg(feature = "cuda")]
 pub mod breakdown;
 pub mod machine;
+mod panel;
 pub mod plot;
 pub mod row;
 pub mod run;
