@@ -37,7 +37,8 @@ pub fn check(
     stream: &Stream,
     at: &mut dyn FnMut(Stage) -> Result<()>,
 ) -> Result<Finding> {
-    let mut finding = Finding { label: call.label(), declined: false, measured: Vec::new(), faults: Vec::new() };
+    let mut finding =
+        Finding { label: call.label(), declined: false, measured: Vec::new(), faults: Vec::new() };
     let mut once = |wanted: bool| {
         call.reset(stream)?;
         at(Stage::Launching)?;
@@ -100,8 +101,7 @@ fn judge(output: &Output, finding: &mut Finding) {
         ));
         return;
     }
-    let line =
-        format!("{name}: off by {:.1e}, at most {tolerance:.0e}; {worst}", found.relative);
+    let line = format!("{name}: off by {:.1e}, at most {tolerance:.0e}; {worst}", found.relative);
     if found.relative > *tolerance {
         finding.faults.push(line.clone());
     }

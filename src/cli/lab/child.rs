@@ -84,9 +84,7 @@ fn checked_with(swap: &Swap, call: &mut dyn calls::Call, stream: &Stream) -> Res
     let finding = check::check(call, stream, &mut heard);
     swap.out();
     finding.map_err(|error| match error {
-        Error::Cuda { op, what } => {
-            Error::Cuda { op: format!("the kernel faults in {}: {op}", call.label()), what }
-        }
+        Error::Cuda { op, what } => Error::Cuda { op: format!("the kernel faults: {op}"), what },
         other => other,
     })
 }

@@ -12,7 +12,7 @@ use peregrine::measure::stats;
 use peregrine::{Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::super::{interrupt, output};
+use super::super::{bench, interrupt, output};
 use super::{Options, known};
 
 /// The GPU of `--device`, and a stream.
@@ -139,7 +139,17 @@ pub(super) fn bench(options: &Options, op: Option<&str>) -> Result<()> {
         words(ceilings)
     ))?;
     let Some(file) = &options.save else { return Ok(()) };
-    let text = format!("{:#}\n", json!({ "gpu": gpu.name(), "calls": saved }));
+    let driver = machine::Instruments::open(options.model.ordinal().unwrap_or(0)).names();
+    let record = json!({
+        "gpu": gpu.name(),
+        "driver": driver.map_or(String::new(), |names| names.1),
+        "build_commit": bench::commit(),
+        "test_time": bench::time_of_day(),
+        "read_ceiling_gb_per_s": ceilings.bytes_per_second / 1e9,
+        "f16_ceiling_tflop_per_s": ceilings.flop_per_second / 1e12,
+        "calls": saved,
+    });
+    let text = format!("{record:#}\n");
     let shown = one_line(&file.display().to_string());
     std::fs::write(file, text).map_err(|e| Error::Io(format!("cannot write {shown}: {e}")))
 }
