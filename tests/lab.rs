@@ -121,9 +121,18 @@ fn a_profiler_is_told_the_ranges() {
         static int pop(void) { fprintf(stderr, "pop\n"); return 0; }
         int InitializeInjectionNvtx2(Export export) {
             const struct Callbacks* callbacks = export(1);
+            const struct { size_t bytes; uint32_t version, reserved; void (*set)(uint32_t); } *versions = export(3);
+            const unsigned sizes[7] = {0, 16, 9, 15, 7, 16, 7};
+            if (!versions || versions->bytes != sizeof *versions || versions->version != 3) return 0;
+            versions->set(3);
             void*** table = 0;
             unsigned size = 0;
-            if (!callbacks || !callbacks->module(1, &table, &size) || size < 12 || callbacks->module(7, 0, 0)) return 0;
+            if (!callbacks || !callbacks->module(1, &table, &size) || callbacks->module(7, 0, 0)) return 0;
+            for (unsigned m = 1; m < 7; m++) {
+                void*** other = 0;
+                if (!callbacks->module(m, &other, &size) || size != sizes[m] || other[0] || other[size]) return 0;
+                for (unsigned i = 1; i < size; i++) *other[i] = 0;
+            }
             *table[9] = (void*)push;
             *table[11] = (void*)pop;
             return 1;
