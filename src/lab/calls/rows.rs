@@ -33,8 +33,17 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
             }
         }
         "permute" => {
-            let checks: &[_] = &[(64, 1), (320, 3), (FFN + HIDDEN, 9)];
-            for &(n, m) in if timing { &[(FFN + HIDDEN, 1)] } else { checks } {
+            let checks: &[_] =
+                &[(64, 1), (320, 3), (HIDDEN, 65), (HIDDEN, 301), (FFN + HIDDEN, 9), (FFN + HIDDEN, 265)];
+            let times: &[_] = &[
+                (HIDDEN, 1),
+                (FFN + HIDDEN, 1),
+                (HIDDEN, 128),
+                (FFN + HIDDEN, 128),
+                (HIDDEN, 2048),
+                (FFN + HIDDEN, 2048),
+            ];
+            for &(n, m) in if timing { times } else { checks } {
                 calls.push(Box::new(PermuteCall::new(stream, n, m)?));
             }
         }
