@@ -4,6 +4,8 @@
 // Mapping  a block keeps the rows of ROWS tokens in shared memory, whose banks take random reads of 2 bytes better than the L1 does,
 //          and writes a part of their outputs, 8 values a thread and row at a time. Few tokens: many blocks share a row.
 // Floor    4 bytes a value: 186 MB for 2048 tokens of 22720, 42 us at 4.45 TB/s.
+// Measured warm, H200: 22720 values of 1, 128, 2048 tokens 3.1, 5.8, 63 us; 4544 of them 3.1, 3.0, 11 us.
+// Tried    a thread a value, gathered from memory: 3.2, 18.5, 290 us. A prompt of 2048 tokens took 9.6 ms more for act-order, now 2.3.
 #include "launch.cuh"
 
 namespace {

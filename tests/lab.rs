@@ -100,6 +100,12 @@ fn a_kernel_file_becomes_a_library() {
     assert!(Swap::load(&compiled.library, "layernorm").is_ok());
     let missing = Swap::load(&compiled.library, "rope").err().map(|e| e.to_string()).unwrap();
     assert!(missing.contains("rope") && missing.contains("no launcher"), "{missing}");
+    // Who has no nvcc is told this, with the wheels this program is built with.
+    let fetch = compile::fetch();
+    assert!(
+        fetch.contains("--target .cuda nvidia-cuda-nvcc==13.") && fetch.contains(" nvidia-nvvm==13."),
+        "{fetch}"
+    );
     let broken = folder.join("broken.cu");
     std::fs::write(&broken, "#include \"launch.cuh\"\nthis is no kernel\n").unwrap();
     let refused = compile::compile("layernorm", &broken, &folder, 90).err().map(|e| e.to_string()).unwrap();
