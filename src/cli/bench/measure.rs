@@ -26,7 +26,8 @@ pub(super) fn all(options: &Options, loaded: &Loaded, ceilings: Option<Ceilings>
     let mut rows = Vec::new();
     for (i, test) in options.tests.iter().enumerate() {
         if test.positions() > loaded.engine.config().max_positions {
-            options.model.say(&format!("skipped {}: it needs {} positions", test.name(), test.positions()));
+            let (name, texts, positions) = (test.name(), test.together(), test.positions());
+            options.model.say(&format!("skipped {name}, {texts}: it needs {positions} positions"));
             continue;
         }
         progress(
