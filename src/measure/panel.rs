@@ -54,9 +54,11 @@ pub(super) struct Panel {
     taken: Vec<(f64, f64)>,
 }
 
-/// Room of a dot's label of two characters.
+/// Room of a dot's label of two characters. Labels are of ops, which only a GPU takes apart.
+#[cfg(feature = "cuda")]
 const LABEL: (f64, f64) = (14.0, 11.0);
 /// Where a label may be beside its dot, best first.
+#[cfg(feature = "cuda")]
 const PLACES: [(f64, f64); 8] = [
     (13.0, -8.0),
     (13.0, 8.0),
@@ -133,6 +135,7 @@ impl Panel {
     }
 
     /// A short label beside a dot, where it covers no dot and no other label if there is such a place. After all dots.
+    #[cfg(feature = "cuda")]
     pub(super) fn label(&mut self, (x, y): (f64, f64), colour: &str, label: &str) {
         let (x, y) = (self.x.at(x), self.y.at(y));
         let near = |place: &(f64, f64)| {
