@@ -32,9 +32,11 @@ fn name_commit() {
     if said.status.success() && !commit.is_empty() {
         println!("cargo:rustc-env=PEREGRINE_COMMIT={commit}");
     }
-    // Written at each commit and checkout.
-    if std::path::Path::new(".git/logs/HEAD").exists() {
-        println!("cargo:rerun-if-changed=.git/logs/HEAD");
+    // Written at each commit and checkout; elsewhere than in .git/ in a second worktree.
+    let log = std::process::Command::new("git").args(["rev-parse", "--git-path", "logs/HEAD"]).output();
+    let log = log.map_or(String::new(), |said| String::from_utf8_lossy(&said.stdout).trim().to_owned());
+    if !log.is_empty() && std::path::Path::new(&log).exists() {
+        println!("cargo:rerun-if-changed={log}");
     }
 }
 

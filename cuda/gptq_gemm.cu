@@ -7,8 +7,9 @@
 // Numbers  codes are turned into the exact f16 integers code - zero; 64 (32) inputs are summed by the tensor core, then
 //          acc += scale * chain in f32: no f16 rounding of a weight, and no long tensor-core chain (its f32 adds truncate).
 // Shared   activations [TOKENS][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts.
-// Measured 218 TFLOP/s ([qkv ; up]) and 233 (5 slices) at 512 tokens, 237 and 226 at 2048; H200. One block of 8
-//          warps an SM issues in 40 % of the cycles: latencies, probably of unpacking and barriers, are not hidden.
+// Measured 222 TFLOP/s ([qkv ; up]) and 237 (5 slices) at 512 tokens, 229 and 218 at 2048, 166 and 174 at 128; H200, compiled for
+//          compute_80: 24 to 41 % of what torch.matmul does there with f16 weights and wgmma. One block of 8 warps an SM issues in 40 %
+//          of the cycles: latencies, probably of unpacking and barriers, are not hidden.
 // Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
 // Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
 #include "gemm_plan.cuh"

@@ -11,20 +11,21 @@
 //          of weights and addresses fit the registers: 2 x 64 rows (256 tokens: 128 registers of sums), 3 (80 to 128) or 4.
 // Shared   activations [TOKENS][64] f16 with the 128-byte swizzle; then the units of the row tiles as they lie in memory.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
-// Measured beside torch.matmul on the unpacked f16 weights, both inside graphs, alternating, cold weights; H100 (80 GB HBM3), us:
-//              tokens       65          128         129         512         1024 (*)    2048
-//              [qkv ; up]   38.1 / 78.4 51.2 / 79.9 66.3 / 81.6 152 / 149   337 / 301   673 / 632
-//              [down|dense] 41.6 / 85.3 60.2 / 89.0 66.7 / 92.6 149 / 144   341 / 366   635 / 613
-//          (*) from a run whose flags of shared tiles were out of bounds. [qkv ; up] at 2048 differs by 5 % between runs. 128 tokens: of
-//          tiles of 4 x 64 rows, whose wgmma ptxas serialised for want of registers (C7512); today's 3 x 64 are unmeasured.
-//          The GPU throttles at these rates (1.5 to 1.7 of 1.98 GHz): there, energy is time.
+// Measured beside torch.matmul on the unpacked f16 weights, both inside graphs, alternating, cold weights; H200, us:
+//              tokens        65    128          129    257    512         1024        2048
+//              [qkv ; up]    36.8  46.6 / 55.3  65.2   109    151 / 143   289 / 277   571 / 562
+//              [down|dense]  41.6  51.1 / 62.6  70.0   107    148 / 141   283 / 275   556 / 535
+//          0.82 and 0.84 of torch at 128 tokens, 1.016 to 1.058 from 512 on. The GPU throttles at these rates (1.4 to 1.7 of 1.98 GHz):
+//          there, energy is time, and after seconds of it 2048 tokens take 650. Groups of 32 and zero points: 0.98 to 1.03 of these times.
+//          (*) below: on an H100, from a run whose flags of shared tiles were out of bounds.
 // Tried    on the H200, before the tile was 128 rows x 256 tokens, it was 256 x 128, two blocks of 64 rows a warpgroup: twice the
 //          unpacking; 1.11 to 1.20 of torch at 2048 tokens, where the same without unpacking and without weights had 1.00 to 1.10.
 //          Units fetched by 16 bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens, 938 for 676 at 2048.
 //          erff in the epilogue (*): 8 us of 174 at 512 tokens. Starting the second warpgroup 1500 to 4500 cycles late, so that one's
 //          epilogue falls on the other's products: no difference. Cutting a whole round of tiles besides what is left over: 855 us instead
 //          of 635 ([down | dense], 2048 tokens; (*)): blocks at different inputs of the same tokens push them out of L2.
-// Short    at 16 to 64 tokens 29 to 42 us: gptq_batch is faster there. 65 tokens take 80 us a layer where the stream of weights allows 39.
+// Short    at 16 to 64 tokens 29 to 42 us: gptq_batch is faster there. Just above a tile's tokens: 65 take 78 us a layer, 129 take 135 and
+//          257 take 216, where 1.35 of the floor and 10 us are 62, 113 and 215. Others from 255 on are within 1.10 of the floor.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"

@@ -146,7 +146,7 @@ typedef struct PermuteParams {
     const uint16_t* x;       // [tokens, n]
     const uint32_t* source;  // [n]
     uint16_t* out;           // [tokens, n]
-    uint32_t tokens, n;
+    uint32_t tokens, n;      // n % 8 == 0
 } PermuteParams;
 int32_t permute(const PermuteParams* p, const Launch* l);
 

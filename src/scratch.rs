@@ -18,7 +18,7 @@ use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
 /// blocks, and slices are what fills the GPU. Where `gptq_gemm` fills it by itself, only the kernels for few tokens slice.
-fn partial_tokens(stream: &Stream) -> usize {
+pub(crate) fn partial_tokens(stream: &Stream) -> usize {
     if stream.splits_products() { BATCH_TOKENS } else { 512 }
 }
 

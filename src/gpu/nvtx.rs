@@ -10,19 +10,22 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libloading::{Library, Symbol};
 
-/// Functions of NVTX's core module, counted from 1; the last entry is none.
-const CORE_FUNCTIONS: usize = 16;
+/// Functions of each of NVTX's modules, whose numbers begin at 1: core, CUDA, OpenCL, CUDA runtime, core 2, synchronisation. A profiler wants
+/// to see all of them, and fills in what it has.
+const FUNCTIONS: [usize; 7] = [0, 15, 8, 14, 6, 15, 6];
+const MOST_FUNCTIONS: usize = 15;
+/// Numbers in NVTX's headers.
+const MODULE_CORE: usize = 1;
 const RANGE_PUSH: usize = 9;
 const RANGE_POP: usize = 11;
-/// Numbers in NVTX's headers.
-const MODULE_CORE: c_uint = 1;
 const TABLE_OF_CALLBACKS: u32 = 1;
+const TABLE_OF_VERSIONS: u32 = 3;
 
-/// Where the profiler's library puts its functions.
-static SLOTS: [AtomicPtr<c_void>; CORE_FUNCTIONS] =
-    [const { AtomicPtr::new(std::ptr::null_mut()) }; CORE_FUNCTIONS];
-/// Addresses of the slots, as the library wants them.
-static ADDRESSES: OnceLock<[usize; CORE_FUNCTIONS + 1]> = OnceLock::new();
+/// Where the profiler's library puts its functions: by module and number, both from 1 on.
+static SLOTS: [[AtomicPtr<c_void>; MOST_FUNCTIONS + 1]; FUNCTIONS.len()] =
+    [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; MOST_FUNCTIONS + 1] }; FUNCTIONS.len()];
+/// Addresses of the slots, as the library wants them; behind a module's last there is none.
+static ADDRESSES: OnceLock<[[usize; MOST_FUNCTIONS + 2]; FUNCTIONS.len()]> = OnceLock::new();
 
 type Push = unsafe extern "C" fn(*const c_char) -> c_int;
 type Pop = unsafe extern "C" fn() -> c_int;
@@ -36,27 +39,57 @@ struct Callbacks {
 
 static CALLBACKS: Callbacks = Callbacks { bytes: size_of::<Callbacks>(), module: module_table };
 
-/// `NvtxGetExportTableFunc_t`.
-extern "C" fn export_table(id: u32) -> *const c_void {
-    if id == TABLE_OF_CALLBACKS { (&raw const CALLBACKS).cast() } else { std::ptr::null() }
+/// `NvtxExportTableVersionInfo`.
+#[repr(C)]
+struct Versions {
+    bytes: usize,
+    version: u32,
+    reserved: u32,
+    set_version: extern "C" fn(u32),
 }
 
-/// Gives the table of the core module; there are no others.
+static VERSIONS: Versions =
+    Versions { bytes: size_of::<Versions>(), version: 3, reserved: 0, set_version: ignore_version };
+
+/// The library says which version it is of.
+extern "C" fn ignore_version(_: u32) {}
+
+/// `NvtxGetExportTableFunc_t`.
+extern "C" fn export_table(id: u32) -> *const c_void {
+    match id {
+        TABLE_OF_CALLBACKS => (&raw const CALLBACKS).cast(),
+        TABLE_OF_VERSIONS => (&raw const VERSIONS).cast(),
+        _ => std::ptr::null(),
+    }
+}
+
+/// Gives the table of a module.
 #[allow(unsafe_code)]
 unsafe extern "C" fn module_table(module: c_uint, table: *mut *const usize, size: *mut c_uint) -> c_int {
-    if module != MODULE_CORE {
+    let addresses = ADDRESSES.get_or_init(|| {
+        let slot = |module: usize, i: usize| SLOTS.get(module).and_then(|slots| slots.get(i));
+        std::array::from_fn(|module| {
+            std::array::from_fn(|i| match slot(module, i) {
+                Some(slot) if (1..=FUNCTIONS[module]).contains(&i) => slot.as_ptr() as usize,
+                _ => 0,
+            })
+        })
+    });
+    let (Some(addresses), Some(&functions)) =
+        (addresses.get(module as usize), FUNCTIONS.get(module as usize))
+    else {
+        return 0;
+    };
+    if functions == 0 {
         return 0;
     }
-    let addresses = ADDRESSES.get_or_init(|| {
-        std::array::from_fn(|i| SLOTS.get(i).filter(|_| i > 0).map_or(0, |slot| slot.as_ptr() as usize))
-    });
     if !table.is_null() {
         // SAFETY: not null, checked above; by NVTX's contract it is room for one pointer.
         unsafe { table.write(addresses.as_ptr()) };
     }
     if !size.is_null() {
         // SAFETY: not null, checked above; by NVTX's contract it is room for one number.
-        unsafe { size.write(CORE_FUNCTIONS as c_uint) };
+        unsafe { size.write(functions as c_uint + 1) };
     }
     1
 }
@@ -76,8 +109,8 @@ fn functions() -> Option<(Push, Pop)> {
         let accepted = unsafe { init(export_table) };
         // Its functions are called until the process ends.
         std::mem::forget(library);
-        let (push, pop) =
-            (SLOTS[RANGE_PUSH].load(Ordering::Acquire), SLOTS[RANGE_POP].load(Ordering::Acquire));
+        let core = &SLOTS[MODULE_CORE];
+        let (push, pop) = (core[RANGE_PUSH].load(Ordering::Acquire), core[RANGE_POP].load(Ordering::Acquire));
         if accepted == 0 || push.is_null() || pop.is_null() {
             return None;
         }

@@ -1,7 +1,8 @@
 //! A kernel file to a library that exports its launcher: `nvcc -shared`, against the headers of this very program.
 //!
-//! A launcher is host code, so the compiler must be one for both: NVRTC, which compiles device code alone, cannot make one. Where
-//! there is no nvcc a library that was built elsewhere will do.
+//! A launcher is host code, so the compiler must be one for both. NVRTC compiles device code alone, and like nvcc it comes with the
+//! toolkit, not with the driver: who could have it can have nvcc. So there is no other way in, and who has no nvcc is told the one command
+//! that fetches it, without root; or gives a library that was built elsewhere.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -33,6 +34,14 @@ pub fn tool(name: &str) -> Option<PathBuf> {
     candidates.into_iter().find(|path| path.is_file())
 }
 
+/// The command that fetches nvcc to where [`nvcc`] looks for it: the wheels this program was built with.
+#[must_use]
+pub fn fetch() -> String {
+    let wheels = include_str!("../../scripts/nvcc.txt").lines().filter(|line| !line.starts_with('#'));
+    let wheels: Vec<&str> = wheels.filter_map(|line| line.split_whitespace().next()).collect();
+    format!("python3 -m pip install --no-deps --target .cuda {}", wheels.join(" "))
+}
+
 /// A library that was made, and what ptxas said of its kernels.
 pub struct Compiled {
     /// The library.
@@ -51,7 +60,9 @@ pub fn compile(op: &str, file: &Path, folder: &Path, capability: i32) -> Result<
     let shown = one_line(&file.display().to_string());
     let Some(nvcc) = nvcc() else {
         return Err(Error::Usage(format!(
-            "no nvcc to compile {shown} with: set NVCC or CUDA_HOME, run `make cuda`, or give a library that is built already"
+            "no nvcc to compile {shown} with: set NVCC or CUDA_HOME, or fetch it into this folder: {}; or give a library that was built \
+             elsewhere",
+            fetch()
         )));
     };
     let io = |what: &str, e: std::io::Error| Error::Io(format!("{what}: {e}"));

@@ -33,14 +33,16 @@ pub fn table(ceilings: Ceilings) -> String {
     let up = format!("[qkv ; up] {} x {HIDDEN}", HIDDEN + 128 + FFN);
     let down = format!("[down | dense] {HIDDEN} x {}", FFN + HIDDEN);
     let other = |op: &str, m: usize| breakdown::other_work(&config, op, m, if m == 1 { BEFORE } else { 0 });
-    let product = |m: usize, up: bool| breakdown::product(&config, m, up);
-    let norm = |m: usize| breakdown::layernorm(&config, m, m <= 512);
+    // As on Hopper: a prompt's products leave no slices to the norm.
+    let up_product = |m: usize| breakdown::up_product(&config, m);
+    let down_product = |m: usize| breakdown::down_product(&config, m, m == 1);
+    let norm = |m: usize| breakdown::layernorm(&config, m, m == 1);
     let (one, many) = (1, PROMPT);
     let rows: Vec<(&str, &str, String, usize, Work)> = vec![
         ("step", "decode_step", format!("all of it, 1 token at {BEFORE}"), 1, other("decode_step", one)),
         ("step", "embed", format!("1 of {VOCAB} x {HIDDEN}"), 1, other("embed", one)),
         ("step", "layernorm", format!("1 x {HIDDEN}, 5 slices"), LAYERS + 1, norm(one)),
-        ("step", "gptq_gemv", up.clone(), LAYERS, product(one, true)),
+        ("step", "gptq_gemv", up.clone(), LAYERS, up_product(one)),
         (
             "step",
             "attn_decode",
@@ -48,12 +50,12 @@ pub fn table(ceilings: Ceilings) -> String {
             LAYERS,
             other("attn_decode", one),
         ),
-        ("step", "gptq_gemv", down.clone(), LAYERS, product(one, false)),
+        ("step", "gptq_gemv", down.clone(), LAYERS, down_product(one)),
         ("step", "head", format!("{VOCAB} x {HIDDEN}"), 1, other("head", one)),
         ("step", "sample", format!("1 x {VOCAB}"), 1, other("sample", one)),
         ("prompt", "embed", format!("{PROMPT} of {VOCAB} x {HIDDEN}"), 1, other("embed", many)),
-        ("prompt", "layernorm", format!("{PROMPT} x {HIDDEN}, 5 slices"), LAYERS + 1, norm(many)),
-        ("prompt", "gptq_gemm", up, LAYERS, product(many, true)),
+        ("prompt", "layernorm", format!("{PROMPT} x {HIDDEN}"), LAYERS + 1, norm(many)),
+        ("prompt", "gptq_gemm", up, LAYERS, up_product(many)),
         ("prompt", "rope", format!("{HEADS} heads, {PROMPT} tokens"), LAYERS, other("rope", many)),
         (
             "prompt",
@@ -62,7 +64,7 @@ pub fn table(ceilings: Ceilings) -> String {
             LAYERS,
             other("attn_prefill", many),
         ),
-        ("prompt", "gptq_gemm", down, LAYERS, product(many, false)),
+        ("prompt", "gptq_gemm", down, LAYERS, down_product(many)),
         ("prompt", "head", format!("{VOCAB} x {HIDDEN}"), 1, other("head", one)),
     ];
     let mut text = format!(

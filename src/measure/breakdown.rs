@@ -18,6 +18,7 @@ use crate::gpu::ops::{self, Int4Matrix};
 use crate::gpu::{DevBuf, Gpu, Stream, spans};
 use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS};
 use crate::sampler::Sampling;
+use crate::scratch::partial_tokens;
 
 /// Tokens in front of the step that is taken apart.
 const CONTEXT: usize = 128;
@@ -29,8 +30,6 @@ const RUNS: usize = 7;
 const READS: usize = 4;
 /// The pass that shows what two events and a launch cost by themselves.
 const NOTHING: &str = "a launch that does nothing";
-/// Tokens up to which a layer's last product leaves K slices to the norm.
-const PARTIAL_TOKENS: usize = 512;
 
 /// An op of a pass.
 #[derive(Debug, Clone, PartialEq)]
@@ -56,6 +55,8 @@ pub struct OpTime {
 pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) -> Result<Vec<OpTime>> {
     let config = engine.config();
     let (context, prompt) = (CONTEXT.min(config.max_positions / 2), PROMPT.min(config.max_positions));
+    let tokens = |m: usize, context: usize| Tokens { m, context, sliced: m <= partial_tokens(stream) };
+    let (one, many) = (tokens(1, context), tokens(prompt, 0));
     let busy = Busy::new(gpu, stream)?;
     let mut sum = DevBuf::<f32>::zeros(stream, "sum", 1)?;
     let nothing = busy.record(|| ops::mma_peak(stream, &mut sum, 1, 1))?;
@@ -63,17 +64,17 @@ pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) 
     let mut ops = Vec::new();
     if model.why_not_persistent().is_none() {
         let launches = step(&model, &busy, context)?;
-        ops.extend(gathered("step by the persistent kernel", &launches, config, 1, context, ceilings));
+        ops.extend(gathered("step by the persistent kernel", &launches, config, one, ceilings));
     }
     let Ok(model) = Arc::try_unwrap(model) else {
         return Err(Error::Usage("breakdown: the model is still in use".into()));
     };
     let model = Arc::new(model.without_persistent());
     let launches = step(&model, &busy, context)?;
-    ops.extend(gathered("step by one kernel an op", &launches, config, 1, context, ceilings));
+    ops.extend(gathered("step by one kernel an op", &launches, config, one, ceilings));
     let launches = prefill(&model, &busy, prompt)?;
-    ops.extend(gathered(&format!("prompt of {prompt}"), &launches, config, prompt, 0, ceilings));
-    ops.extend(gathered(NOTHING, &nothing, config, 1, 0, ceilings));
+    ops.extend(gathered(&format!("prompt of {prompt}"), &launches, config, many, ceilings));
+    ops.extend(gathered(NOTHING, &nothing, config, one, ceilings));
     Ok(ops)
 }
 
@@ -150,27 +151,38 @@ fn prefill(model: &Arc<CudaModel>, busy: &Busy<'_>, prompt: usize) -> Result<Vec
     })
 }
 
-/// The launches of a pass of `m` tokens after `context`, summed by op, in the order in which they come first.
+/// The tokens of a pass.
+#[derive(Clone, Copy)]
+struct Tokens {
+    m: usize,
+    context: usize,
+    /// A layer's last product leaves its K slices to the norm.
+    sliced: bool,
+}
+
+/// The launches of a pass, summed by op, in the order in which they come first.
 fn gathered(
     pass: &str,
     launches: &[(&'static str, f64)],
     config: &ModelConfig,
-    m: usize,
-    context: usize,
+    tokens: Tokens,
     ceilings: Ceilings,
 ) -> Vec<OpTime> {
+    let Tokens { m, context, sliced } = tokens;
     let mut ops: Vec<OpTime> = Vec::new();
     let (mut products, mut norms) = (0, 0);
     for &(op, us) in launches {
         let (name, work) = match op {
             "gptq_gemv" | "gptq_batch" | "gptq_gemm" => {
                 products += 1;
-                let up = products % 2 == 1;
-                (format!("{op} {}", if up { "[qkv ; up]" } else { "[down | dense]" }), product(config, m, up))
+                match products % 2 {
+                    1 => (format!("{op} [qkv ; up]"), up_product(config, m)),
+                    _ => (format!("{op} [down | dense]"), down_product(config, m, sliced)),
+                }
             }
             "layernorm" => {
                 norms += 1;
-                (op.to_owned(), layernorm(config, m, norms > 1 && m <= PARTIAL_TOKENS))
+                (op.to_owned(), layernorm(config, m, norms > 1 && sliced))
             }
             other => (other.to_owned(), other_work(config, other, m, context)),
         };
@@ -188,18 +200,23 @@ fn gathered(
     ops
 }
 
-/// The product `[qkv ; up]`, or `[down | dense]`.
+/// The product `[qkv ; up]`.
 #[must_use]
-pub fn product(config: &ModelConfig, m: usize, up: bool) -> Work {
-    let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
-    let (n, k) = if up { (config.qkv_size() + config.ffn_size, hidden) } else { (hidden, wide) };
+pub fn up_product(config: &ModelConfig, m: usize) -> Work {
+    let n = config.qkv_size() + config.ffn_size;
+    product(n, config.hidden_size, m, m * n * 2)
+}
+
+/// The product `[down | dense]`: added to the residual, or K slices apart.
+#[must_use]
+pub fn down_product(config: &ModelConfig, m: usize, sliced: bool) -> Work {
+    let (n, k) = (config.hidden_size, config.ffn_size + config.hidden_size);
+    product(n, k, m, if sliced { ops::slices(k) * m * n * 4 } else { m * n * 8 })
+}
+
+fn product(n: usize, k: usize, m: usize, out_bytes: usize) -> Work {
     let units = n / UNIT_ROWS * (k / UNIT_INPUTS) * Int4Matrix::unit_bytes(1, false);
-    let out = match up {
-        true => m * n * 2,
-        false if m <= PARTIAL_TOKENS => ops::slices(wide) * m * n * 4,
-        false => m * n * 8,
-    };
-    Work { bytes: (units + m * k * 2 + out) as f64, flop: 2.0 * (m * n * k) as f64 }
+    Work { bytes: (units + m * k * 2 + out_bytes) as f64, flop: 2.0 * (m * n * k) as f64 }
 }
 
 /// A norm, which adds the slices of the product in front of it, or has none to add.
@@ -229,13 +246,11 @@ pub fn other_work(config: &ModelConfig, op: &str, m: usize, context: usize) -> W
         "head" => Work { bytes: table * 2.0 + (vocab * 4) as f64, flop: 2.0 * table },
         "sample" => Work { bytes: (vocab * 4) as f64, flop: 0.0 },
         "decode_step" => {
-            let layer = |up| product(config, m, up);
-            let matrices = layer(true).bytes + layer(false).bytes;
+            let (up, down) = (up_product(config, m), down_product(config, m, true));
             let layers = config.num_layers as f64;
             Work {
-                bytes: layers * (matrices + ((context + m) * 4 * HEAD_DIM) as f64) + table * 2.0,
-                flop: layers * (layer(true).flop + layer(false).flop + attention.flop)
-                    + 2.0 * m as f64 * table,
+                bytes: layers * (up.bytes + down.bytes + ((context + m) * 4 * HEAD_DIM) as f64) + table * 2.0,
+                flop: layers * (up.flop + down.flop + attention.flop) + 2.0 * m as f64 * table,
             }
         }
         _ => Work::default(),

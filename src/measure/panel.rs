@@ -50,7 +50,25 @@ pub(super) struct Panel {
     pub(super) y: Axis,
     pub(super) svg: String,
     legend: usize,
+    /// Middles of labels and dots, which further labels keep clear of.
+    taken: Vec<(f64, f64)>,
 }
+
+/// Room of a dot's label of two characters. Labels are of ops, which only a GPU takes apart.
+#[cfg(feature = "cuda")]
+const LABEL: (f64, f64) = (14.0, 11.0);
+/// Where a label may be beside its dot, best first.
+#[cfg(feature = "cuda")]
+const PLACES: [(f64, f64); 8] = [
+    (13.0, -8.0),
+    (13.0, 8.0),
+    (-13.0, -8.0),
+    (-13.0, 8.0),
+    (0.0, -15.0),
+    (0.0, 15.0),
+    (22.0, 0.0),
+    (-22.0, 0.0),
+];
 
 impl Panel {
     pub(super) fn new(title: &str, x: (f64, f64, bool, &str), y: (f64, f64, bool, &str)) -> Panel {
@@ -93,7 +111,7 @@ impl Panel {
             escape(x.3),
             escape(y.3)
         );
-        Panel { x: x_axis, y: y_axis, svg, legend: 0 }
+        Panel { x: x_axis, y: y_axis, svg, legend: 0, taken: Vec::new() }
     }
 
     pub(super) fn line(&mut self, points: &[(f64, f64)], colour: &str, dashed: bool) {
@@ -107,19 +125,36 @@ impl Panel {
         );
     }
 
-    pub(super) fn dot(&mut self, (x, y): (f64, f64), colour: &str, label: &str) {
+    pub(super) fn dot(&mut self, (x, y): (f64, f64), colour: &str) {
         let (x, y) = (self.x.at(x), self.y.at(y));
+        self.taken.push((x, y));
         let _ = writeln!(
             self.svg,
-            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"5\" fill=\"{colour}\" stroke=\"#fff\"/>\
-             <text x=\"{:.1}\" y=\"{:.1}\" font-size=\"10\">{}</text>",
-            x + 7.0,
-            y - 4.0,
+            "<circle cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"5\" fill=\"{colour}\" stroke=\"#fff\"/>"
+        );
+    }
+
+    /// A short label beside a dot, where it covers no dot and no other label if there is such a place. After all dots.
+    #[cfg(feature = "cuda")]
+    pub(super) fn label(&mut self, (x, y): (f64, f64), colour: &str, label: &str) {
+        let (x, y) = (self.x.at(x), self.y.at(y));
+        let near = |place: &(f64, f64)| {
+            let (x, y) = (x + place.0, y + place.1);
+            let covered = |t: &&(f64, f64)| (t.0 - x).abs() < LABEL.0 && (t.1 - y).abs() < LABEL.1;
+            self.taken.iter().filter(covered).count()
+        };
+        let place = PLACES.into_iter().min_by_key(near).unwrap_or_default();
+        let (x, y) = (x + place.0, y + place.1);
+        self.taken.push((x, y));
+        let _ = writeln!(
+            self.svg,
+            "<text x=\"{x:.1}\" y=\"{:.1}\" font-size=\"10\" text-anchor=\"middle\" fill=\"{colour}\">{}</text>",
+            y + 3.5,
             escape(label)
         );
     }
 
-    /// A line of the legend, on the right.
+    /// A line of the legend, on the right; without a colour it belongs to the line above.
     pub(super) fn legend(&mut self, colour: &str, text: &str) {
         let y = MARGIN[1] + 14.0 * self.legend as f64;
         self.legend += 1;
@@ -132,7 +167,7 @@ impl Panel {
         let _ = writeln!(
             self.svg,
             "{mark}<text x=\"{:.1}\" y=\"{y:.1}\" font-size=\"11\">{}</text>",
-            if colour.is_empty() { x } else { x + 15.0 },
+            x + 15.0,
             escape(text)
         );
     }

@@ -87,7 +87,7 @@ fn roofline(ops: &[OpTime], ceilings: Ceilings) -> String {
     let knee = peak / read;
     panel.line(&[(0.05, 0.05 * read), (knee, peak), (5000.0, peak)], "#000", false);
     panel.legend("#000", &format!("{read:.2} TB/s, {peak:.0} TFLOP/s, measured"));
-    let mut passes: Vec<&str> = Vec::new();
+    let (mut passes, mut labels): (Vec<&str>, Vec<_>) = (Vec::new(), Vec::new());
     for (i, op) in ops.iter().enumerate() {
         if !passes.contains(&op.pass.as_str()) {
             passes.push(&op.pass);
@@ -95,8 +95,12 @@ fn roofline(ops: &[OpTime], ceilings: Ceilings) -> String {
         }
         let colour = COLOURS[(passes.len() - 1) % COLOURS.len()];
         let place = (op.work.flop / op.work.bytes, op.work.flop / op.us / 1e6);
-        panel.dot(place, colour, &(i + 1).to_string());
+        panel.dot(place, colour);
+        labels.push((place, colour, (i + 1).to_string()));
         panel.legend("", &format!("{} {}: {:.0} %", i + 1, op.op, op.floor_us / op.us * 100.0));
+    }
+    for (place, colour, label) in labels {
+        panel.label(place, colour, &label);
     }
     panel.svg
 }
@@ -114,12 +118,23 @@ fn flames(ops: &[OpTime]) -> String {
         let y = 60.0 + 115.0 * row as f64;
         let name = pass.first().map_or("", |op| op.pass.as_str());
         let _ = writeln!(svg, "<text x=\"20\" y=\"{y}\">{}: {total:.0} us</text>", escape(name));
-        let mut x = 20.0;
+        let mut x = 20.0f64;
+        // Names stand below their parts, in the first of three lines that is free there.
+        let mut ends = [0.0f64; 3];
         for (i, op) in pass.iter().enumerate() {
             let width = op.us / total * (WIDTH - 40.0);
             let floor = (op.floor_us / op.us).min(1.0) * width;
             let colour = COLOURS[i % COLOURS.len()];
-            let label: String = op.op.chars().take((width / 7.0) as usize).collect();
+            let name_width = op.op.len() as f64 * 6.4 + 8.0;
+            let name_x = (x + 3.0).min(WIDTH - 20.0 - name_width).max(20.0);
+            let free = ends.iter().position(|&end| end <= name_x);
+            let (label, line) = match free {
+                Some(line) if width > 2.0 => (op.op.as_str(), line),
+                _ => ("", 0),
+            };
+            if !label.is_empty() {
+                ends[line] = name_x + name_width;
+            }
             let _ = writeln!(
                 svg,
                 "<g><title>{} {:.1} us, floor {:.1}</title><rect x=\"{x:.1}\" y=\"{:.1}\" width=\"{width:.1}\" height=\"40\" \
@@ -130,9 +145,9 @@ fn flames(ops: &[OpTime]) -> String {
                 op.floor_us,
                 y + 8.0,
                 y + 8.0,
-                x + 3.0,
-                y + 62.0,
-                escape(&label)
+                name_x,
+                y + 62.0 + 14.0 * line as f64,
+                escape(label)
             );
             x += width;
         }
@@ -175,11 +190,11 @@ fn over_depth(rows: &[Row]) -> String {
         let colour = COLOURS[i % COLOURS.len()];
         panel.line(points, colour, i >= COLOURS.len());
         for &point in points.iter() {
-            panel.dot(point, colour, "");
+            panel.dot(point, colour);
         }
         let values: Vec<String> = points.iter().map(|point| format!("{:.0}", point.1)).collect();
         panel.legend(colour, kind);
-        panel.legend("", &format!("    {}", values.join(", ")));
+        panel.legend("", &values.join(", "));
     }
     panel.svg
 }

@@ -255,10 +255,8 @@ fn write_weights(path: &Path, plans: &[Plan], seed: u64, progress: Option<fn(u64
         let mut buffer = Vec::with_capacity(CHUNK_BYTES);
         while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
             buffer.resize(chunk.len, 0);
-            // lm_head repeats the embedding, as in the real checkpoint.
             let plan = &plans[chunk.plan];
-            let name = if plan.name == LM_HEAD { EMBEDDING } else { &plan.name };
-            fill(&plan.fill, &mut Random::new(seed, name, chunk.number), &mut buffer);
+            fill(&plan.fill, &mut Random::new(seed, &original(&plan.name), chunk.number), &mut buffer);
             let written = file.write_all_at(&buffer, chunk.offset);
             // A poisoned lock means another thread panicked; its panic is passed on when it is joined.
             let Ok(mut state) = state.lock() else { return };
@@ -285,6 +283,16 @@ fn write_weights(path: &Path, plans: &[Plan], seed: u64, progress: Option<fn(u64
     // Last, so that an unfinished file is none: without it the length field is zero.
     file.write_all_at(&header, 0).map_err(fail)?;
     Ok(total)
+}
+
+/// The tensor whose values this one repeats; itself, if it repeats none. lm_head is the embedding, as in the real checkpoint. Both
+/// matrices that see the norm's output have one order: AutoGPTQ sorts inputs by what it sees of them.
+fn original(name: &str) -> String {
+    match name.strip_suffix("mlp.dense_h_to_4h.g_idx") {
+        Some(layer) => format!("{layer}self_attention.query_key_value.g_idx"),
+        None if name == LM_HEAD => EMBEDDING.to_owned(),
+        None => name.to_owned(),
+    }
 }
 
 /// The container's length field and header, padded so that the data is aligned to 8 bytes.

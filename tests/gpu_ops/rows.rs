@@ -60,7 +60,7 @@ fn layernorm_matches_reference() {
 #[test]
 fn permute_gathers() {
     let Some((_, stream)) = gpu() else { return };
-    for (n, m) in [(64, 1), (320, 3), (22720, 9)] {
+    for (n, m) in [(64, 1), (320, 3), (4544, 263), (4544, 264), (4544, 265), (22720, 9), (22720, 265)] {
         let mut random = Random::new(n as u64);
         let x = random.halves(m * n, 1.0);
         let source: Vec<u32> = (0..n).map(|_| (random.bits() % n as u64) as u32).collect();

@@ -26,7 +26,8 @@ pub(super) fn all(options: &Options, loaded: &Loaded, ceilings: Option<Ceilings>
     let mut rows = Vec::new();
     for (i, test) in options.tests.iter().enumerate() {
         if test.positions() > loaded.engine.config().max_positions {
-            options.model.say(&format!("skipped {}: it needs {} positions", test.name(), test.positions()));
+            let (name, texts, positions) = (test.name(), test.together(), test.positions());
+            options.model.say(&format!("skipped {name}, {texts}: it needs {positions} positions"));
             continue;
         }
         progress(
@@ -78,7 +79,7 @@ fn common(options: &Options, loaded: &Loaded, ceilings: Option<Ceilings>) -> Row
     let on_gpu = memory.gpu_used_bytes.is_some();
     let (gpu, driver) = loaded.instruments.names().filter(|_| on_gpu).unwrap_or_default();
     let mut row = Row::default();
-    row.set("build_commit", option_env!("PEREGRINE_COMMIT").unwrap_or("not recorded"));
+    row.set("build_commit", commit());
     row.set("build_version", env!("CARGO_PKG_VERSION"));
     row.set("binary_hash", binary_hash());
     row.set("backends", if on_gpu { "CUDA" } else { "CPU" });
@@ -198,8 +199,13 @@ fn cpu() -> String {
     name.trim_start_matches([' ', '\t', ':']).to_owned()
 }
 
+/// What this program was built from.
+pub(in super::super) fn commit() -> &'static str {
+    option_env!("PEREGRINE_COMMIT").unwrap_or("not recorded")
+}
+
 /// Now in UTC, as llama-bench writes it: 2025-01-31T12:00:00Z.
-fn time_of_day() -> String {
+pub(in super::super) fn time_of_day() -> String {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     // Days to a date by counting eras of 400 years from 1 March of year 0.
     let (days, rest) = ((seconds / 86400) as i64 + 719_468, seconds % 86400);

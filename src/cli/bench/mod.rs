@@ -20,6 +20,8 @@ use peregrine::{Error, Result};
 use super::args::{Args, Word};
 use super::model::{self, ModelFlags};
 use super::{interrupt, output};
+#[cfg(feature = "cuda")]
+pub(super) use measure::{commit, time_of_day};
 
 pub(super) const HELP: &[&str] = &[
     "\

@@ -117,10 +117,11 @@ fn watch(options: &Options, op: &str, library: &Path) -> Result<()> {
         let _ = stderr.read_to_string(&mut said);
     }
     let status = child.wait().map_err(|e| Error::Io(format!("waiting for a process: {e}")))?;
-    let last = one_line(said.lines().last().unwrap_or("it said nothing").trim_start_matches("peregrine: "));
+    let last = said.lines().last().map(|line| one_line(line.trim_start_matches("peregrine: ")));
+    let last = last.unwrap_or(format!("it ended without a word ({status})"));
     match verdict.as_deref() {
         Some("right") if status.success() => Ok(()),
         Some(wrong) if status.success() => Err(Error::Io(format!("{op} is not accepted: {wrong}"))),
-        _ => Err(Error::Io(format!("{op} failed in {at}: {last} ({status})"))),
+        _ => Err(Error::Io(format!("{op} failed in {at}: {last}"))),
     }
 }

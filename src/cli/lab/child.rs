@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use peregrine::gpu::Stream;
+use peregrine::gpu::ops::DECLINED;
 use peregrine::gpu::swap::Swap;
 use peregrine::lab::{calls, check, model, time};
 use peregrine::measure::machine;
@@ -21,16 +22,23 @@ pub(super) fn run(options: &Options, op: &str, library: &str) -> Result<()> {
     let (gpu, stream) = ops::gpu(options)?;
     tell("slow", "preparing data")?;
     let swap = Swap::load(Path::new(library), op)?;
-    let mut wrong = 0;
+    let (mut wrong, mut declined) = (0, 0);
     let mut checked = calls::calls(op, &stream, false)?;
     for call in &mut checked {
         let finding = checked_with(&swap, call.as_mut(), &stream)?;
         wrong += usize::from(!finding.faults.is_empty());
-        tell("say", &ops::shown(&finding, options.model.verbose))?;
+        tell("say", &ops::shown(&finding))?;
+        declined += usize::from(finding.declined);
     }
     if wrong > 0 {
         return tell("end", &format!("{wrong} of {} calls are wrong", checked.len()));
     }
+    if declined == checked.len() {
+        return tell("end", "it declines every shape");
+    }
+    let right = checked.len() - declined;
+    let but = if declined == 0 { "" } else { "; the built-in kernel takes those it declines too" };
+    tell("say", &format!("right, and the same bits twice, in {right} of {} calls{but}", checked.len()))?;
     drop(checked);
     tell("slow", "measuring the GPU")?;
     let ceilings = machine::ceilings(&gpu, &stream)?;
@@ -42,10 +50,17 @@ pub(super) fn run(options: &Options, op: &str, library: &str) -> Result<()> {
             "call, warm us", "built-in", "yours", "time", "95 % interval", "verdict"
         ),
     )?;
+    let place = |other: bool| if other { swap.in_place() } else { swap.out() };
     for call in &mut calls::calls(op, &stream, true)? {
         tell("at", &format!("timing {}", call.label()))?;
-        let place = |other: bool| if other { swap.in_place() } else { swap.out() };
-        let [plain, other] = timer.in_turns(call.as_mut(), &place)?;
+        let [plain, other] = match timer.in_turns(call.as_mut(), &place) {
+            Err(Error::Cuda { what, .. }) if what == DECLINED => {
+                swap.out();
+                tell("say", &format!("{:<44} {:>12} {:>12}", call.label(), "", "declined"))?;
+                continue;
+            }
+            times => times?,
+        };
         let found = stats::compare_pairs(&plain, &other, stats::RESOLUTION);
         let floor = call.work().floor_seconds(ceilings.bytes_per_second, ceilings.flop_per_second) * 1e6;
         let line = row(&call.label(), [&plain, &other], found, 1.0);
@@ -69,9 +84,7 @@ fn checked_with(swap: &Swap, call: &mut dyn calls::Call, stream: &Stream) -> Res
     let finding = check::check(call, stream, &mut heard);
     swap.out();
     finding.map_err(|error| match error {
-        Error::Cuda { op, what } => {
-            Error::Cuda { op: format!("the kernel faults in {}: {op}", call.label()), what }
-        }
+        Error::Cuda { op, what } => Error::Cuda { op: format!("the kernel faults: {op}"), what },
         other => other,
     })
 }

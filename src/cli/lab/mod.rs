@@ -28,7 +28,8 @@ Usage: peregrine lab list              every op with its shapes, bytes, operatio
        peregrine lab bench [OP]        time with a cold and a warm L2 beside the floor and the last record
        peregrine lab new OP [DIR]      a folder to begin in: the built-in kernel, its headers, a README
        peregrine lab try OP FILE       FILE is a .cu that exports OP's launcher, or a library made of one:
-                                       checked, then timed in turns with the built-in kernel
+                                       checked, then timed in turns with the built-in kernel. A .cu needs
+                                       nvcc: $NVCC, $CUDA_HOME, the PATH, or .cuda/ of the working folder
        peregrine lab report [OP]       registers, shared memory, spills, occupancy of the built-in kernels
 
       --in-model            try: run the whole model with it too: logits, tokens a second

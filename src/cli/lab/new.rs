@@ -23,8 +23,8 @@ and a time limit. When it is right and faster, look at the whole model:
     peregrine lab try OP OP.cu --in-model --load-format dummy
 
 The contract: `extern \"C\" int32_t OP(const ...Params* p, const Launch* l)` of kernels.h copies *p, queues its work on
-l->stream, and returns 0, a cudaError_t, or PEREGRINE_BAD_SHAPE for shapes it is not written for. It does not wait, print or
-allocate. launch.cuh says what a kernel owes its neighbours in the stream: wait_previous() before it touches memory.
+l->stream, and returns 0, a cudaError_t, or PEREGRINE_BAD_SHAPE for shapes it is not written for, which lab try then leaves out. It does
+not wait, print or allocate. launch.cuh says what a kernel owes its neighbours in the stream: wait_previous() before it touches memory.
 ";
 
 /// Writes the folder.

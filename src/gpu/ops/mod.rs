@@ -47,6 +47,9 @@ fn u32_of(op: &str, value: usize) -> Result<u32> {
         .map_err(|_| Error::Cuda { op: op.into(), what: format!("{value} does not fit 32 bits") })
 }
 
+/// What an error says of a shape that a launcher declines.
+pub const DECLINED: &str = "the kernel is not written for this shape";
+
 /// Turns a launcher's code into a result; waits when `PEREGRINE_SYNC` asks for it.
 fn check(op: &str, code: i32, stream: &Stream) -> Result<()> {
     match code {
@@ -54,9 +57,7 @@ fn check(op: &str, code: i32, stream: &Stream) -> Result<()> {
             stream.synchronize().map_err(|e| Error::Cuda { op: op.into(), what: e.to_string() })
         }
         0 => Ok(()),
-        ffi::PEREGRINE_BAD_SHAPE => {
-            Err(Error::Cuda { op: op.into(), what: "the kernel is not written for this shape".into() })
-        }
+        ffi::PEREGRINE_BAD_SHAPE => Err(Error::Cuda { op: op.into(), what: DECLINED.into() }),
         code => {
             Err(Error::Cuda { op: op.into(), what: format!("launch failed: {} ({code})", error_name(code)) })
         }

@@ -25,14 +25,31 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
                 (HIDDEN, 65, 3),
                 (8192, 5, 1),
             ];
-            let times: &[_] = &[(HIDDEN, 1, 5), (HIDDEN, 8, 5), (HIDDEN, 512, 5), (HIDDEN, 2048, 0)];
+            // Up to 64 tokens the product in front leaves its slices to the norm; up to 512 on a GPU other than Hopper.
+            let times: &[_] = &[
+                (HIDDEN, 1, 5),
+                (HIDDEN, 8, 5),
+                (HIDDEN, 64, 5),
+                (HIDDEN, 512, 5),
+                (HIDDEN, 512, 0),
+                (HIDDEN, 2048, 0),
+            ];
             for &(hidden, m, slices) in if timing { times } else { checks } {
                 calls.push(Box::new(LayernormCall::new(stream, hidden, m, slices)?));
             }
         }
         "permute" => {
-            let checks: &[_] = &[(64, 1), (320, 3), (FFN + HIDDEN, 9)];
-            for &(n, m) in if timing { &[(FFN + HIDDEN, 1)] } else { checks } {
+            let checks: &[_] =
+                &[(64, 1), (320, 3), (HIDDEN, 65), (HIDDEN, 301), (FFN + HIDDEN, 9), (FFN + HIDDEN, 265)];
+            let times: &[_] = &[
+                (HIDDEN, 1),
+                (FFN + HIDDEN, 1),
+                (HIDDEN, 128),
+                (FFN + HIDDEN, 128),
+                (HIDDEN, 2048),
+                (FFN + HIDDEN, 2048),
+            ];
+            for &(n, m) in if timing { times } else { checks } {
                 calls.push(Box::new(PermuteCall::new(stream, n, m)?));
             }
         }
