@@ -105,9 +105,9 @@ struct Consumer {
         if (++turn == S::DEPTH) turn = 0, phase ^= 1;
     }
 
-    // Norm of one token's residual, of which this warp has the inputs of its own units: leaves them in shared.inputs, in the order that
-    // `load` describes.
-    __device__ __forceinline__ void norm_token(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+    // Norm of one token's residual, of which this warp has the inputs of its own units: pairs[i] is 2 lane, 2 lane + 1 of unit i.
+    __device__ __forceinline__ void norm_token(uint32_t (&pairs)[WARP_UNITS], const uint64_t* residual, const float* weight,
+                                               const float* bias, uint32_t layer) {
         const uint32_t lane = this->lane(), units = this->units(), count = 1 + layer * p.slices;
         const uint64_t* mine = residual + first() * UNIT_INPUTS;
         float2 w[WARP_UNITS], b[WARP_UNITS];
@@ -119,81 +119,84 @@ struct Consumer {
         }
         ulonglong2 r[WARP_UNITS];
         const auto load = [&] {
-            bool complete = true;
+            uint32_t odd = 0;
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
                 r[i] = make_ulonglong2(count, count);
                 if (i < units) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
             }
 #pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++) complete &= ((uint32_t)r[i].x & 255) == count && ((uint32_t)r[i].y & 255) == count;
-            return complete;
+            for (int i = 0; i < WARP_UNITS; i++) odd |= ((uint32_t)r[i].x ^ count) | ((uint32_t)r[i].y ^ count);
+            return (odd & 255) == 0;
         };
         const auto glance = [&] { return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count; };
         poll(p, Awaited::RESIDUAL, layer, glance, load);
         float v[2 * WARP_UNITS];
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
-        const float2 moments = all_moments(layer, v);
-        // Inputs 2 l, 2 l + 1 of a unit to where lane q finds its eight words together.
-        uint32_t* to = shared.inputs[warp()] + lane % 4 * 8 + lane / 8 * 2 + lane / 4 % 2;
-#pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) {
-            const __half2 h = __floats2half2_rn((v[2 * i] - moments.x) * moments.y * w[i].x + b[i].x,
-                                                (v[2 * i + 1] - moments.x) * moments.y * w[i].y + b[i].y);
-            to[i * 32] = *reinterpret_cast<const uint32_t*>(&h);
+            v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
+            if (i >= units) v[2 * i] = v[2 * i + 1] = 0.f;
         }
-        __syncwarp();
+        const float2 moments = all_moments(layer, v);
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+            pairs[i] = as_u32(__floats2half2_rn((v[2 * i] - moments.x) * moments.y * w[i].x + b[i].x,
+                                                (v[2 * i + 1] - moments.x) * moments.y * w[i].y + b[i].y));
     }
 
     // Mean and 1 / standard deviation of a token whose inputs the consumers hold. Each warp's squares are about the warp's own mean;
-    // they are joined as Chan et al. (1979) do it, in a fixed tree.
+    // they are joined as Chan et al. (1979) do it, by each lane for itself: a tree of shuffles takes longer.
     __device__ __forceinline__ float2 all_moments(uint32_t layer, const float v[2 * WARP_UNITS]) {
-        constexpr float FULL = WARP_UNITS * UNIT_INPUTS;
-        const bool last = warp() + 1 == p.owners;
         float sum = 0.f, squares = 0.f;
 #pragma unroll
-        for (int i = 0; i < 2 * WARP_UNITS; i++) sum += v[i];
+        for (int i = 0; i < WARP_UNITS; i++) sum += v[2 * i] + v[2 * i + 1];
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        const float own_mean = sum * (last ? p.last_share : 1.f / FULL);  // 0 in a warp without units
+        const bool last = warp() + 1 == p.owners;
+        const float own_mean = sum * (last ? p.last_share : 1.f / (WARP_UNITS * UNIT_INPUTS));  // 0 in a warp without units
 #pragma unroll
         for (int i = 0; i < 2 * WARP_UNITS; i++)
             if (i / 2 < units()) squares += (v[i] - own_mean) * (v[i] - own_mean);
 #pragma unroll
         for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
-        float2* parts = shared.moments[layer % 2];  // the other half may still be read
-        if (lane() == 0) parts[warp()] = make_float2(own_mean, squares);
+        const uint32_t parts = address(shared.moments[0][0]) + layer % 2 * sizeof(shared.moments[0]);  // the others may still be read
+        if (lane() == 0) store_shared8(parts + warp() * sizeof(float2), __float_as_uint(own_mean), __float_as_uint(squares));
         consumers_sync();
-        // Lane w has warp w's part.
-        const uint32_t w = lane() % 16;
-        const float inputs = w + 1 < p.owners ? FULL : w + 1 == p.owners ? p.last_inputs : 0.f;
-        const float2 part = parts[min(w, CONSUMERS - 1)];
-        float mean = inputs * part.x;
+        float means[CONSUMERS], mean = 0.f, all_squares = 0.f;
 #pragma unroll
-        for (int step = 8; step; step /= 2) mean += __shfl_xor_sync(~0u, mean, step);
+        for (int w = 0; w < CONSUMERS; w += 2) {
+            const uint4 two = load_shared16(parts + w * sizeof(float2));
+            means[w] = __uint_as_float(two.x), means[w + 1] = __uint_as_float(two.z);
+            mean += p.inputs[w] * means[w] + p.inputs[w + 1] * means[w + 1];
+            all_squares += __uint_as_float(two.y) + __uint_as_float(two.w);
+        }
         mean *= p.hidden_share;
-        float all_squares = w < p.owners ? part.y + inputs * (part.x - mean) * (part.x - mean) : 0.f;
 #pragma unroll
-        for (int step = 8; step; step /= 2) all_squares += __shfl_xor_sync(~0u, all_squares, step);
+        for (int w = 0; w < CONSUMERS; w++) all_squares += p.inputs[w] * (means[w] - mean) * (means[w] - mean);
         return make_float2(mean, rsqrtf(all_squares * p.hidden_share + p.epsilon));
     }
 
-    // Norm of the residual after `layer` layers, once it is complete. One token: each block computes it for itself, and it is in
-    // shared.inputs. More: the blocks would read 36 KB for each; instead one block a token does, and publishes what all others read.
-    template <bool SINGLE>
-    __device__ __forceinline__ void norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
-        const uint32_t m = SINGLE ? 0 : norm_owner_of();
-        if (SINGLE || m < tokens) norm_token(residual + m * p.hidden, weight, bias, layer);
-        if (SINGLE || m >= tokens) return;
-        uint16_t* normed = normed_of(p, layer);
-        for (uint32_t i = lane(); i < units() * 32; i += 32)
-            store_relaxed(normed + m * p.hidden + first() * UNIT_INPUTS + 2 * i, shared.inputs[warp()][i]);
-        __syncwarp();
+    // Where a lane's pair of the norm goes, in words of a unit, so that lane q finds its eight words together: see `fetch`.
+    __device__ __forceinline__ uint32_t place() const { return lane() % 4 * 8 + lane() / 8 * 2 + lane() / 4 % 2; }
+
+    // Several tokens' norms after `layer` layers: blocks that computed all for themselves, as with one token, would read 36 KB for each.
+    // Instead one block a token does, and publishes what all others read.
+    __device__ __forceinline__ void publish_norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
+        const uint32_t m = norm_owner_of();
+        if (m >= tokens) return;
+        uint32_t pairs[WARP_UNITS];
+        norm_token(pairs, residual + m * p.hidden, weight, bias, layer);
+        uint16_t* normed = normed_of(p, layer) + m * p.hidden + first() * UNIT_INPUTS + place() * 2;
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++)
+            if (i < units()) store_relaxed(normed + i * UNIT_INPUTS, pairs[i]);
     }
     __device__ __forceinline__ uint32_t own_inputs() const { return address(shared.inputs[0][0]) + warp() * sizeof(shared.inputs[0]); }
-    // The same of the one token's norm, in shared.inputs.
-    __device__ __forceinline__ void fetch_own(Words& w) const {
+    // The f16 words of the one token's norm, for the head.
+    __device__ __forceinline__ void exchange(Words& w, const uint32_t (&pairs)[WARP_UNITS]) const {
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) store_shared4(own_inputs() + i * 128 + place() * 4, pairs[i]);
+        __syncwarp();
         const uint32_t from = own_inputs() + lane() % 4 * 32;
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
@@ -230,17 +233,6 @@ struct Consumer {
         };
         poll(p, Awaited::WIDE, layer, glance, load);
         x.set_one(pieces, own_inputs(), lane());
-        x.add_up(lane());
-    }
-    // x = the one token's norm, in shared.inputs.
-    __device__ __forceinline__ void take_own() {
-        uint4 pieces[Inputs::PIECES];
-#pragma unroll
-        for (int i = 0; i < Inputs::PIECES; i++)
-            pieces[i] = load_shared16(own_inputs() + min(lane() + 32 * i, units() * 8 - 1) * 16);
-        __syncwarp();
-        x.set_one(pieces, own_inputs(), lane());
-        x.add_up(lane());
     }
 
     // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
@@ -299,29 +291,34 @@ struct Consumer {
     template <bool SINGLE>
     __device__ void run(uint64_t* residual, uint64_t* next) {
         embed(residual, next);
+        uint32_t pairs[WARP_UNITS];  // of the one token's norm
 #pragma unroll 1
-        for (uint32_t l = 0; l < p.layers; l++) {
-            norm<SINGLE>(residual, p.layer[l].norm_weight, p.layer[l].norm_bias, l);
-            // As with one token: no warp is a layer ahead of another.
-            if (!SINGLE) consumers_sync();
+        for (uint32_t l = 0;; l++) {
+            const bool last = l == p.layers;
+            const float* weight = last ? p.final_weight : p.layer[l].norm_weight;
+            const float* bias = last ? p.final_bias : p.layer[l].norm_bias;
+            if (SINGLE) {
+                norm_token(pairs, residual, weight, bias, l);
+            } else {
+                publish_norm(residual, weight, bias, l);
+                consumers_sync();  // as with one token: no warp is a layer ahead of another
+            }
+            if (last) break;
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
-            if (SINGLE) take_own();
-            else take(normed_of(p, l), p.hidden, l);
-#pragma unroll 1
-            for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x) strip();
             const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
-            for_each_down_dense(
-                p,
-                [&](uint32_t slice) {
-                    if (SINGLE) take_one(wide + slice * p.hidden, l);
-                    else take(wide + slice * p.hidden, p.wide_size, l);
-                },
-                [&](uint32_t, uint32_t) { strip(); });
+#pragma unroll 1
+            for (const uint32_t* run = shared.runs; *run; run++) {
+                const uint32_t slice = run_slice(*run);
+                if (SINGLE && slice == QKV_UP) x.set_pairs(pairs, own_inputs(), lane());
+                else if (SINGLE) take_one(wide + slice * p.hidden, l);
+                else take(slice == QKV_UP ? normed_of(p, l) : wide + slice * p.hidden, slice == QKV_UP ? p.hidden : p.wide_size, l);
+#pragma unroll 1
+                for (uint32_t count = run_count(*run); count; count--) strip();
+            }
         }
-        norm<SINGLE>(residual, p.final_weight, p.final_bias, p.layers);
         if (warp() >= p.owners) return;
         Words b;  // lane l holds token l / 4
-        if (SINGLE) fetch_own(b);
+        if (SINGLE) exchange(b, pairs);
         else fetch(b, p, normed_of(p, p.layers), p.hidden, lane() / 4, tokens, first(), units(), p.layers);
         head(b);
     }

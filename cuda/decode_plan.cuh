@@ -24,6 +24,7 @@ constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
 constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 constexpr uint32_t IN_FLIGHT = 1;     // copies of a group under way
 constexpr uint32_t HEAD_IN_FLIGHT = 2;  // in the head, where nobody waits for anything else
+constexpr uint32_t MOST_RUNS = 256;   // of strips: [qkv ; up]'s, one a slice at most, and the list's end
 constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
 constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
 // Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
@@ -38,8 +39,9 @@ struct Shared {
     uint8_t ring[STAGES][STAGE_BYTES];
     float sums[SUM_SLOTS][CONSUMERS][TOKENS * SUM_STRIDE];
     uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
-    float2 moments[2][CONSUMERS];
+    alignas(16) float2 moments[2][CONSUMERS];
     StepToken token[TOKENS];
+    uint32_t runs[MOST_RUNS];
     uint64_t full[STAGES], empty[STAGES];
     uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
 };
@@ -54,7 +56,7 @@ struct Args : DecodeStepParams {
     uint32_t qkv_turn, wide_turn;      // values of one turn of `qkv` and `wide`
     AttnDecodeParams attn[PEREGRINE_STEP_LAYERS];
     float hidden_share;                // 1 / hidden
-    float last_inputs, last_share;     // inputs of the last owner's units, and 1 / them
+    float inputs[CONSUMERS], last_share;  // inputs of a consumer warp's units, and 1 / those of the last owner
     explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
         units = hidden / UNIT_INPUTS;
         owners = (units + WARP_UNITS - 1) / WARP_UNITS, groups = (units + GROUP_UNITS - 1) / GROUP_UNITS;
@@ -66,7 +68,8 @@ struct Args : DecodeStepParams {
             attn[l] = {DecodeStepParams::qkv + l % TURNS * qkv_turn, layer[l].k_cache, layer[l].v_cache, table, step->token, nullptr,
                        attn_partials, attn_arrivals, TOKENS, heads, 0, slots, max_context};
         hidden_share = 1.f / hidden;
-        last_inputs = (units - (owners - 1) * WARP_UNITS) * UNIT_INPUTS, last_share = 1.f / last_inputs;
+        for (uint32_t w = 0; w < CONSUMERS; w++) inputs[w] = (min((w + 1) * WARP_UNITS, units) - min(w * WARP_UNITS, units)) * UNIT_INPUTS;
+        last_share = 1.f / inputs[owners - 1];
     }
 };
 
@@ -98,23 +101,34 @@ __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
     return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
 }
 
-// Calls begin(slice) for each slice of [down | dense] the block has strips of, and strip(tile, slice) for each of them.
-template <typename Begin, typename Strip>
-__device__ __forceinline__ void for_each_down_dense(const Args& p, Begin begin, Strip strip) {
-    uint32_t at = first_run(p, blockIdx.x);
+// The block's runs of strips as a list in shared memory, where loops over it need no registers: slice | tile << 8 | count << 20. The first
+// is that of [qkv ; up], the last one is followed by 0.
+constexpr uint32_t QKV_UP = 255;  // in place of a slice
+__device__ __forceinline__ uint32_t run_slice(uint32_t run) { return run & 255; }
+__device__ __forceinline__ uint32_t run_tile(uint32_t run) { return run >> 8 & 4095; }
+__device__ __forceinline__ uint32_t run_count(uint32_t run) { return run >> 20; }
+
+__device__ __forceinline__ void plan_runs(const Args& p, uint32_t (&runs)[MOST_RUNS]) {
+    const auto run = [](uint32_t slice, uint32_t tile, uint32_t count) { return slice | tile << 8 | count << 20; };
+    runs[0] = run(QKV_UP, blockIdx.x, (p.qkv_tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
+    uint32_t n = 1, at = first_run(p, blockIdx.x);
     const uint32_t end = first_run(p, blockIdx.x + 1);
-#pragma unroll 1
-    while (true) {
-        const bool last = at == end;
-        const uint32_t slice = last ? p.slices - 1 : at / p.wide_tiles;
-        uint32_t tile = last ? last_run(p, blockIdx.x) : at - slice * p.wide_tiles;
-        const uint32_t stop = last ? last_run(p, blockIdx.x + 1) : min(p.wide_tiles, tile + end - at);
-        if (!last) at += stop - tile;
-        if (tile < stop) begin(slice);
-#pragma unroll 1
-        for (; tile < stop; tile++) strip(tile, slice);
-        if (last) break;
+    while (at < end) {
+        const uint32_t slice = at / p.wide_tiles, tile = at - slice * p.wide_tiles, count = min(p.wide_tiles - tile, end - at);
+        runs[n++] = run(slice, tile, count);
+        at += count;
     }
+    const uint32_t tile = last_run(p, blockIdx.x), count = last_run(p, blockIdx.x + 1) - tile;
+    if (count) runs[n++] = run(p.slices - 1, tile, count);
+    runs[n] = 0;
+}
+// Calls strip(tile, slice) for each strip of [down | dense] of the block.
+template <typename Strip>
+__device__ __forceinline__ void for_each_down_dense(const uint32_t (&runs)[MOST_RUNS], Strip strip) {
+#pragma unroll 1
+    for (const uint32_t* run = runs + 1; *run; run++)
+#pragma unroll 1
+        for (uint32_t i = 0; i < run_count(*run); i++) strip(run_tile(*run) + i, run_slice(*run));
 }
 
 // Stage `turn` of a group; the stages of a strip lie side by side.

@@ -51,7 +51,7 @@ struct Producer {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles && going; t += gridDim.x)
             going = push(l.qkv_up + (size_t)(t * p.units + first) * S::BYTES, bytes);
         for_each_down_dense(
-            p, [](uint32_t) {},
+            shared.runs,
             [&](uint32_t tile, uint32_t slice) {
                 if (going) going = push(l.down_dense + (size_t)((tile * p.slices + slice) * p.units + first) * S::BYTES, bytes);
             });

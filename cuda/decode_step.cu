@@ -20,19 +20,28 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.875 ms a token: 4111 MB at the 4.70 TB/s an H200 reads at best.
-// Measured  1 token  1.066 ms at position 128 (3.86 TB/s, 82 %), 1.137 ms at 2040; 2 tokens 1.15 to 1.17, 4 tokens 1.18 to 1.21 ms at 128.
-//           With zero points 1.103 ms. H200, steps back to back in a graph. Since then the loading of a warp's inputs was written anew
-//           (`fetch`, `take_one`), which has not been timed; 8 tokens took 2.6 ms before, most of it spills in every strip.
-// Bound     The stream: without any waiting for each other, blocks take 1.044 ms (0.996 with two copies in flight a lane, whose queues
-//           cost more at the joins than they bring). Without copies and waits the consumers take 0.64 ms, of which 0.4 are strips. A
-//           layer is 29.3 us; waits for x are 4.6 us of it, the norm 2.4, a slice 1.8, attention's output 1.0, most of it hidden by the
-//           ring. The head takes 120 us.
+// Measured  (H200, steps back to back in a graph, both kernels in turn in one run; SM clock 1.80 GHz under this load, power near its cap)
+//           tokens at position       1 at 128   1 at 2040   2 at 128   4 at 128   4 at 2040   8 at 128   8 at 2040
+//           before, ms                  1.074       1.130      1.135      1.165       1.635      1.53        2.32
+//           norm by pairs, one pass
+//           of the storer               1.066       1.088      1.125      1.170       1.700      1.44        2.29
+//           Not timed: the storer's rows interleaved, `glance` first (alone: 1.082 at 2040, 4 tokens 1.157), the list of runs.
+//           From ids to ids in the program: 934 tokens/s before these, sampling included.
+// Bound     A layer is 28.8 us: 17 strips that stream at 1.15 us each (4.43 TB/s: the ceiling), and a chain of 9.3 us from the arrival of
+//           the last strip of the slowest block to the first strip of the next layer, while the ring's 5 strips arrive: multiply 0.5,
+//           add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9. A block has 20 to 22 strips a layer, 21.6 on average: those with 22
+//           wait for x 3.9 us, with 21 5.1, with 20 5.9. 0.48 us a layer would be won if all had the same.
+//           8 tokens: a strip takes 1.0 us; a third of it was waiting for the storer before its sums came in one pass.
 // Tried     (ms a step, 1 token at 128)
 //           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
 //           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
 //           bytes as now, by 8 warps of 9 units                                                             1.108; at 2040 1.130
 //           one lane with two copies in flight                                                              1.102
 //           one copy in flight a lane in the head too                                                       +0.01
+//           one loop that asks barriers of all producer lanes in turn and sleeps at none: 1.109 (against 1.085): the warp's polling takes
+//           issue slots of the consumers and attention beside it; with groups of two warps, six lanes                1.168
+//           two copies in flight in parts of a layer that no join follows at once                           1.075 to 1.13 (against 1.065)
+//           weights to come into L2 while the ring is full: 3 strips 1.135, kept ahead all the time 1.27: the joins' words queue behind
 //           before bytes (against 1.113):
 //           three runs of [down | dense] with inputs asked for ahead by cp.async     1.176: more joins than it saved, more registers
 //           unpacking by mul.hi on the FMA pipe instead of shifts                    1.201
@@ -46,9 +55,10 @@
 //           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
 //           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
 //           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
-// Next      Producer lanes that do not wait for each other (they share a warp), so that 40 KB are in flight all the time; chunks of
-//           8 KB; the norm in fewer instructions (1170 a warp with the conversion of its inputs).
-// Spills    1028 bytes: most in attention, once an item, and the norm, once a layer; two or three words in loops over strips.
+//           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
+// Next      Thirds of strips for the blocks with fewer; moments applied to sums, so that products begin before the norm is complete; for 8
+//           tokens the conversion of inputs, 4 us a slice.
+// Spills    928 bytes: most in attention, once an item, and the norm, once a layer; none in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"
@@ -136,6 +146,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
+    if (threadIdx.x == 32) plan_runs(p, shared.runs);
     pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {
@@ -154,8 +165,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
             else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, 1>(p, shared, tokens).template run<false>(residual, next);
             else Consumer<ZEROS, 2>(p, shared, tokens).template run<false>(residual, next);
         } else if (warp == STORER) {
-            Storer<ZEROS> storer{p, shared, tokens};
-            storer.run(residual);
+            if (tokens <= Storer<ZEROS, 1>::MOST_TOKENS) Storer<ZEROS, 1>{p, shared, tokens}.run(residual);
+            else if (tokens <= Storer<ZEROS, 2>::MOST_TOKENS) Storer<ZEROS, 2>{p, shared, tokens}.run(residual);
+            else Storer<ZEROS, 4>{p, shared, tokens}.run(residual);
         } else {
             attention(p, shared, tokens);
         }
@@ -193,6 +205,7 @@ extern "C" int32_t decode_step_blocks(uint32_t has_zeros, uint32_t* count) {
 extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     if (p->hidden == 0 || p->hidden % UNIT_INPUTS || p->hidden / UNIT_INPUTS > CONSUMERS * WARP_UNITS) return PEREGRINE_BAD_SHAPE;
     if (p->ffn == 0 || p->ffn % p->hidden || p->heads * PEREGRINE_HEAD_DIM != p->hidden) return PEREGRINE_BAD_SHAPE;
+    // What a residual's count and a list of runs can hold.
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
     if (p->slots == 0 || p->max_context == 0 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31) return PEREGRINE_BAD_SHAPE;

@@ -11,37 +11,44 @@
 
 namespace {
 
-// Adds the consumers' sums and sends them where they belong.
-template <bool ZEROS>
+// Adds the consumers' sums and sends them where they belong. The warp has all outputs of a strip at once, ROWS of them a lane: rows
+// row(), row() + STEP, ..., so that what lanes send together lies side by side.
+template <bool ZEROS, uint32_t ROWS>
 struct Storer {
     using S = Shared<ZEROS>;
+    static constexpr uint32_t STEP = UNIT_ROWS / ROWS;    // lanes of a token
+    static constexpr uint32_t MOST_TOKENS = 32 / STEP;
+    static_assert(MOST_TOKENS <= TOKENS && STEP % 2 == 0, "neighbouring rows are neighbouring lanes'");
     const Args& p;
     S& shared;
     uint32_t tokens, slot = 0, phase = 0;
     bool broken = false;  // a sum was not a number or beyond the residual's range
 
     static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
+    static __device__ __forceinline__ uint32_t token() { return lane() / STEP; }
+    static __device__ __forceinline__ uint32_t row() { return lane() % STEP; }
 
-    // Calls send(token, row, sum, active) for each output of the next strip, on all lanes together; `active` says whether there is one.
-    // The order of the sum is the same whatever the number of tokens.
+    // Calls send(sums, active) for the outputs of the next strip, on all lanes together; `active` says whether there is such a token. The
+    // order of a sum is the same whatever the number of tokens. The slot goes back as soon as the sums are in registers: consumers
+    // wait for it.
     template <typename Send>
     __device__ __forceinline__ void take(Send send) {
         barrier_wait(&shared.sums_full[slot], phase);
-        for (uint32_t first = 0; first < tokens * UNIT_ROWS; first += 32) {
-            const uint32_t m = (first + lane()) / UNIT_ROWS, row = lane() % UNIT_ROWS;
-            const float* from = shared.sums[slot][0] + m * SUM_STRIDE + row;
-            float low = 0.f, high = 0.f;  // of warps that have no units: zeros
-            if (m < tokens) {
+        const bool active = token() < tokens;
+        const float* from = shared.sums[slot][0] + token() * SUM_STRIDE + row();
+        float low[ROWS] = {}, high[ROWS] = {};  // of warps that have no units: zeros
+        if (active) {
 #pragma unroll
-                for (int w = 0; w < CONSUMERS / 2; w++) low += from[w * TOKENS * SUM_STRIDE];
+            for (int w = 0; w < CONSUMERS; w++)
 #pragma unroll
-                for (int w = CONSUMERS / 2; w < CONSUMERS; w++) high += from[w * TOKENS * SUM_STRIDE];
-            }
-            send(m, row, low + high, m < tokens);
+                for (int r = 0; r < ROWS; r++) (w < CONSUMERS / 2 ? low : high)[r] += from[w * TOKENS * SUM_STRIDE + r * STEP];
         }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) low[r] += high[r];
         __syncwarp();
         if (lane() == 0) barrier_arrive(&shared.sums_empty[slot]);
         if (++slot == SUM_SLOTS) slot = 0, phase ^= 1;
+        send(low, active);
     }
     // Two neighbouring rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest as `Consumer::load` wants them.
     __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t m, uint32_t row, uint32_t pair) const {
@@ -75,11 +82,14 @@ struct Storer {
     }
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
-            take([&](uint32_t m, uint32_t row, float sum, bool active) {
-                if (t * UNIT_ROWS >= p.qkv_size) sum = gelu(sum);
-                const float next = __shfl_down_sync(~0u, sum, 1);
-                const __half2 pair = __floats2half2_rn(sum, next);
-                if (active && row % 2 == 0) store(layer, t, m, row, *reinterpret_cast<const uint32_t*>(&pair));
+            take([&](float (&sum)[ROWS], bool active) {
+                const bool up = t * UNIT_ROWS >= p.qkv_size;
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) {
+                    if (up) sum[r] = gelu(sum[r]);
+                    const float next = __shfl_down_sync(~0u, sum[r], 1);
+                    if (active && row() % 2 == 0) store(layer, t, token(), row() + r * STEP, as_u32(__floats2half2_rn(sum[r], next)));
+                }
             });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].
         if (layer > 0) clear(layer - 1);
@@ -87,12 +97,16 @@ struct Storer {
     }
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
         for_each_down_dense(
-            p, [](uint32_t) {},
+            shared.runs,
             [&](uint32_t tile, uint32_t) {
-                take([&](uint32_t m, uint32_t row, float sum, bool active) {
+                take([&](const float (&sum)[ROWS], bool active) {
                     if (!active) return;
-                    broken |= !(fabsf(sum) < X_LIMIT);
-                    add_relaxed(residual + m * p.hidden + tile * UNIT_ROWS + row, contribution(sum));
+                    uint64_t* to = residual + token() * p.hidden + tile * UNIT_ROWS + row();
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        broken |= !(fabsf(sum[r]) < X_LIMIT);
+                        add_relaxed(to + r * STEP, contribution(sum[r]));
+                    }
                 });
             });
     }
@@ -109,9 +123,11 @@ struct Storer {
             qkv_up(l), down_dense(residual);
         }
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
-            take([&](uint32_t m, uint32_t row, float sum, bool active) {
-                if (broken) sum = __int_as_float(0x7fffffff);  // the sampler will say so
-                if (active) p.logits[(size_t)m * p.vocab + t * UNIT_ROWS + row] = sum;
+            take([&](const float (&sum)[ROWS], bool active) {
+                if (!active) return;
+                float* to = p.logits + (size_t)token() * p.vocab + t * UNIT_ROWS + row();
+#pragma unroll
+                for (int r = 0; r < ROWS; r++) to[r * STEP] = broken ? __int_as_float(0x7fffffff) : sum[r];  // the sampler will say so
             });
             if (t == blockIdx.x) clear(p.layers - 1);
         }

@@ -33,6 +33,9 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
     return v;
 }
+__device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared8(uint32_t address, uint32_t v, uint32_t w) {
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v), "r"(w) : "memory");
 }
@@ -74,14 +77,16 @@ struct FixedInputs {
             }
         step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
     }
-    // The same for one token alone, whose inputs all lanes have a part of: piece c = lane + 32 i is the eight f16 from 8 c on. Each is
-    // converted once, not by both its columns, and reaches them through `bytes`, the shared address of two planes of UNITS * 64 bytes.
-    // Two thirds of the instructions of `set`; with more tokens `set` has fewer. The bits are the same.
+    // The same for one token alone, whose inputs all lanes have a part of. Each is converted once, not by both its columns, and reaches
+    // them through `bytes`, the shared address of two planes of UNITS * 64 bytes: high bytes and low ones, in the order of the codes.
+    // With more tokens `set` has fewer instructions. The bits are the same.
+    //
+    // From memory: piece c = lane + 32 i is the eight f16 from 8 c on.
     __device__ __forceinline__ void set_one(const uint4 (&pieces)[PIECES], uint32_t bytes, uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) top = most(most(most(most(top, pieces[i].x), pieces[i].y), pieces[i].z), pieces[i].w);
-        const float largest = __uint_as_float(__reduce_max_sync(~0u, bits_of(top))), inverse = inverse_of(largest);
+        const float inverse = scale_of_one(top);
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const uint32_t c = lane + 32 * i;
@@ -89,15 +94,57 @@ struct FixedInputs {
             both(pieces[i].x, pieces[i].y, inverse, high[0], low[0]), both(pieces[i].z, pieces[i].w, inverse, high[1], low[1]);
             if (c < UNITS * 8) store_shared8(bytes + c * 8, high[0], high[1]), store_shared8(bytes + UNITS * 64 + c * 8, low[0], low[1]);
         }
-        __syncwarp();
-        const uint32_t from = bytes + lane / 4 % 2 * (UNITS * 64) + lane % 4 * 16;
+        take_planes(bytes, lane);
+    }
+    // From the norm: pairs[i] is inputs 2 lane, 2 lane + 1 of unit i. Lanes l and l ^ 4 have the four bytes of a word of each plane.
+    __device__ __forceinline__ void set_pairs(const uint32_t (&pairs)[UNITS], uint32_t bytes, uint32_t lane) {
+        uint32_t top = 0;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) top = most(top, pairs[i]);
+        const float inverse = scale_of_one(top);
+        const bool second = lane / 4 % 2;
+        const uint32_t pick = second ? 0x1504 : 0x7362, flip = second ? 0x80808080u : 0;
+        const uint32_t to = bytes + second * (UNITS * 64) + lane % 4 * 16 + lane / 8 * 4;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            const uint4 v = lane < 8 ? load_shared16(from + i * 64) : make_uint4(0, 0, 0, 0);
+            const float2 x = __half22float2(as_half2(pairs[i]));
+            const uint32_t own = __byte_perm(as_fixed(x.x, inverse), as_fixed(x.y, inverse), 0x5140);  // low, low, high, high
+            store_shared4(to + i * 64, __byte_perm(own, __shfl_xor_sync(~0u, own, 4), pick) ^ flip);
+        }
+        take_planes(bytes, lane);
+    }
+    // The one token's step, from the largest of each lane's inputs; returns what inputs are multiplied by.
+    __device__ __forceinline__ float scale_of_one(uint32_t top) {
+        const float largest = __uint_as_float(__reduce_max_sync(~0u, bits_of(top)));
+        step[0] = largest * (1.f / FIXED_MOST);
+        return inverse_of(largest);
+    }
+    // Operands from the planes. For the sums a column of the product is a unit, the weights are ones.
+    __device__ __forceinline__ void take_planes(uint32_t bytes, uint32_t lane) {
+        __syncwarp();
+        const uint32_t g = lane / 4, from = bytes + lane % 4 * 16, own = from + min(g, UNITS - 1) * 64;
+        const uint4 high = load_shared16(own), low = load_shared16(own + UNITS * 64);
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const uint4 v = lane < 8 ? load_shared16(from + g * (UNITS * 64) + i * 64) : make_uint4(0, 0, 0, 0);
             b[0][i][0] = v.x, b[0][i][1] = v.y, b[0][i][2] = v.z, b[0][i][3] = v.w;
         }
-        step[0] = largest * (1.f / FIXED_MOST);
+        const uint32_t ones[4] = {0x01010101, 0, 0x01010101, 0};
+        uint32_t h[4] = {}, l[4] = {};
+        mma_bytes(h, ones, high.x, high.y), mma_bytes(l, ones, low.x, low.y);
+        mma_bytes(h, ones, high.z, high.w), mma_bytes(l, ones, low.z, low.w);
+        float mean[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) mean[e] = __int2float_rn((int)h[e] * 256 + (int)l[e]) * (1.f / UNIT_INPUTS);
+        split(mean, sums);
+        static_assert(UNITS % 2 == 0, "a lane's two units are or are not");
+        if (g || lane % 4 * 2 >= UNITS) sums[0] = sums[1] = 0;  // the token is column 0
         __syncwarp();
+    }
+    // As f16, and what that left out.
+    static __device__ __forceinline__ void split(const float (&mean)[2], uint32_t (&parts)[2]) {
+        const __half2 v = __floats2half2_rn(mean[0], mean[1]);
+        parts[0] = as_u32(v), parts[1] = as_u32(__floats2half2_rn(mean[0] - __low2float(v), mean[1] - __high2float(v)));
     }
     // v + 128 in 16 bits: the upper byte is the nearest multiple of 256, the lower one what is left, plus 128.
     static __device__ __forceinline__ uint32_t as_fixed(float x, float inverse) {
@@ -118,7 +165,7 @@ struct FixedInputs {
         return as_u32(__hmax2_nan(as_half2(a), __habs2(as_half2(b))));
     }
 
-    // After the last tile: sums. A product with ones in row i for unit i; transposed it is the operand.
+    // After the last tile `set`: sums. A product with ones in row i for unit i; transposed it is the operand.
     __device__ __forceinline__ void add_up(uint32_t lane) {
         const uint32_t g = lane / 4;
         uint32_t c[TILES][2][4] = {};
@@ -136,9 +183,8 @@ struct FixedInputs {
             const int high = c[t][0][0] + c[t][1][0], low = c[t][0][1] + c[t][1][1];
             mean[t] = __int2float_rn(high * 256 + low) * (1.f / UNIT_INPUTS);
         }
-        const __half2 v = __floats2half2_rn(mean[0], mean[1]);
-        const __half2 rest = __floats2half2_rn(mean[0] - __low2float(v), mean[1] - __high2float(v));
-        sums[0] = transpose(as_u32(v)), sums[1] = transpose(as_u32(rest));
+        split(mean, sums);
+        sums[0] = transpose(sums[0]), sums[1] = transpose(sums[1]);
     }
     static __device__ __forceinline__ uint32_t transpose(uint32_t v) {
         uint32_t r;

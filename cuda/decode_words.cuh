@@ -61,9 +61,10 @@ __device__ __forceinline__ float2 load_here(const float* p) {
 
 // A contribution to the residual: the value in steps of 2^-24 above the count 1.
 __device__ __forceinline__ uint64_t contribution(float v) { return ((uint64_t)__float2ll_rn(v * X_ONE) << 8) + 1; }
-// Integer part and fraction apart: a conversion of 64 bits takes eight times as long as one of 32.
+// Integer part and fraction apart: a conversion of 64 bits takes eight times as long as one of 32. The count stays in: it is less than a
+// step, and the same for all who read.
 __device__ __forceinline__ float residual_value(uint64_t v) {
-    return __int2float_rn((int32_t)(v >> 32)) + __uint2float_rn((uint32_t)v & ~255u) * 0x1p-32f;
+    return __int2float_rn((int32_t)(v >> 32)) + __uint2float_rn((uint32_t)v) * 0x1p-32f;
 }
 
 enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
@@ -78,16 +79,16 @@ enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
     __builtin_unreachable();
 }
 
-// Calls `load` until all lanes say that what they loaded is complete; between tries `glance` looks at a few words of it, since polling
+// Calls `load` until all lanes say that what they loaded is complete; before each try `glance` looks at a few words of it, since polling
 // for all would be traffic in the way of those who write it.
 template <typename Glance, typename Load>
 __device__ __forceinline__ void poll(const DecodeStepParams& p, Awaited what, uint32_t layer, Glance glance, Load load) {
     uint32_t tries = 0;
-    while (!__all_sync(~0u, load())) {
-        do {
+    do {
+        while (!__all_sync(~0u, glance()))
             if (tries++ == p.patience) give_up(p, what, layer);
-        } while (!__all_sync(~0u, glance()));
-    }
+    } while (!__all_sync(~0u, load()) && tries++ != p.patience);
+    if (tries > p.patience) give_up(p, what, layer);
 }
 
 }  // namespace
