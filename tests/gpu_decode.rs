@@ -19,10 +19,9 @@ use peregrine::{Error, Result};
 /// Largest difference of a logit from Hugging Face's f32 ones, as in tests/gpu_model.rs.
 const LOGIT_TOLERANCE: f32 = 0.041;
 /// Largest difference between logits of the persistent kernel and of one kernel an op: two roundings of the same sums, each at
-/// most LOGIT_TOLERANCE from the truth. Measured on an H200: 0.0291, with codes as f16 in both; since then the persistent kernel
-/// multiplies bytes, and the floor is to be read again from what the test prints.
+/// most LOGIT_TOLERANCE from the truth. Measured on an H200: 0.0348.
 const STEP_TOLERANCE: f32 = 0.041;
-/// The same of more than 8 slots, whose products are `gptq_batch`'s, and of one. Measured on an H200: 0.0233, likewise.
+/// The same of more than 8 slots, whose products are `gptq_batch`'s, and of one. Measured on an H200: 0.0308.
 const BATCH_TOLERANCE: f32 = 0.041;
 /// Positions of the tests' sequences.
 const CONTEXT: usize = 512;
