@@ -240,9 +240,5 @@ pub fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, T
 /// # Errors
 /// A driver failure.
 pub fn rope_table(stream: &Stream) -> Result<DevBuf<f32>> {
-    let frequencies = reference::rope_frequencies(THETA);
-    let table: Vec<f32> = (0..CONTEXT)
-        .flat_map(|p| frequencies.map(|f| p as f32 * f).into_iter().flat_map(|a| [a.cos(), a.sin()]))
-        .collect();
-    DevBuf::guarded(stream, "table", &table)
+    DevBuf::guarded(stream, "table", &reference::rope_table(THETA, CONTEXT))
 }
