@@ -203,6 +203,9 @@ fn wrong_usage_is_refused() {
         (&["check", "layernrom"], "layernorm"),
         (&["try", "layernorm", "no-such-file.cu"], "no-such-file.cu"),
         (&["try", "layernorm"], "FILE"),
+        (&["new"], "OP"),
+        (&["check", "rope", "embed"], "one OP"),
+        (&["bench", "rope", "--save", "no/such/folder/x.json"], "no such folder"),
         (&["check", "--time-limit", "-1"], "time-limit"),
         (&["report", "nothing"], "layernorm"),
     ] {

@@ -86,6 +86,7 @@ pub(super) fn shown(finding: &Finding) -> String {
 pub(super) fn bench(options: &Options, op: Option<&str>) -> Result<()> {
     interrupt::install()?;
     let ops = chosen(op)?;
+    options.save.iter().try_for_each(|file| output::require_folder(file))?;
     let (gpu, stream) = gpu(options)?;
     let ceilings = machine::ceilings(&gpu, &stream)?;
     let file = options.record.clone().unwrap_or_else(|| record_of(gpu.name()));
