@@ -69,7 +69,7 @@ mod cuda {
         };
         let stream = gpu.shared_stream()?;
         let ceilings = machine::ceilings(&gpu, &stream)?;
-        println!("{}: at best {ceilings}\n{}", gpu.name(), time::heading());
+        println!("{}: at best {ceilings}. {}.\n\n{}", gpu.name(), time::NOTE, time::heading());
         let timer = Timer::new(&gpu, &stream)?;
         let mut bench = Bench { gpu: &gpu, stream: &stream, timer, ceilings };
         for (op, _) in calls::OPS.iter().filter(|op| wanted(op.0)) {

@@ -116,6 +116,10 @@ fn spread(us: &[f64]) -> String {
     format!("{median:.2} ({low:.2} - {high:.2})")
 }
 
+/// What a reader of [`row`]s must know.
+pub const NOTE: &str =
+    "Rates and share are of the cold time, one launch between two events, which are some 2 us of it";
+
 /// The line above [`row`]s.
 #[must_use]
 pub fn heading() -> String {

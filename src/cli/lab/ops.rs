@@ -110,9 +110,9 @@ pub(super) fn bench(options: &Options, op: Option<&str>) -> Result<()> {
     let against =
         if record.is_empty() { "no record".to_owned() } else { one_line(&file.display().to_string()) };
     output::print(&format!(
-        "\n{}: {ceilings}. Rates and share are of the cold time, one launch between two events, which are some 2 us of it; record: \
-         cold time over that of {against}.\n",
-        gpu.name()
+        "\n{}: {ceilings}. {}; record: cold time over that of {against}.\n",
+        gpu.name(),
+        time::NOTE
     ))?;
     let Some(file) = &options.save else { return Ok(()) };
     let driver = machine::Instruments::open(options.model.ordinal().unwrap_or(0)).names();
