@@ -6,5 +6,5 @@ mod hub;
 mod kit;
 mod stated;
 mod synthetic;
-#[path = "../common/variants.rs"]
+#[path = "../common/variants/mod.rs"]
 mod variants;

@@ -10,5 +10,5 @@ mod kit;
 mod mutated;
 mod places;
 mod tensors;
-#[path = "../common/variants.rs"]
+#[path = "../common/variants/mod.rs"]
 mod variants;
