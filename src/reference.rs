@@ -123,6 +123,16 @@ pub fn rope_frequencies(theta: f32) -> [f32; HEAD_DIM / 2] {
     std::array::from_fn(|i| 1.0 / f64::from(theta).powf(2.0 * i as f64 / HEAD_DIM as f64) as f32)
 }
 
+/// Cos and sin of each position's angle for each pair, `[positions, 32, 2]`, the angle in f32 as PyTorch computes it.
+#[must_use]
+pub fn rope_table(theta: f32, positions: usize) -> Vec<f32> {
+    let frequencies = rope_frequencies(theta);
+    (0..positions)
+        .flat_map(|position| frequencies.map(|frequency| position as f32 * frequency))
+        .flat_map(|angle| [angle.cos(), angle.sin()])
+        .collect()
+}
+
 /// Rotates each head of x [m, heads, 64] by its position, in place; row r is position `start + r`. Half split:
 /// value i is paired with value i + 32.
 pub fn rope(x: &mut [f32], heads: usize, start: usize, theta: f32) {

@@ -8,13 +8,12 @@
 //! twice. Resident: 110 MB a layer and 591 MB for the table that embedding and head share.
 
 use crate::checkpoint::{Checkpoint, FloatTensor, FloatType, GptqTensor, NormTensors};
-use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::gpu::context::Event;
 use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
 use crate::gpu::{DevBuf, Gpu, Staging, Stream, total_time};
 use crate::inspect;
-use crate::layout::{HEAD_DIM, UNIT_ROWS, f32_to_f16};
+use crate::layout::{UNIT_ROWS, f32_to_f16};
 use crate::reference;
 use crate::repack::InputOrder;
 use crate::timing::LoadTimes;
@@ -69,7 +68,8 @@ impl Weights {
         let head = checkpoint.lm_head().map(|table| loader.table(table)).transpose()?;
         let layers = (0..config.num_layers).map(|i| loader.layer(checkpoint, i)).collect::<Result<_>>()?;
         let final_norm = loader.norm(checkpoint.final_norm(), config.norm_epsilon)?;
-        let rope_table = DevBuf::from_host(stream, "rotary table", &rope_table(config))?;
+        let table = reference::rope_table(config.rope_theta, config.max_positions);
+        let rope_table = DevBuf::from_host(stream, "rotary table", &table)?;
         stream.synchronize()?;
         let (filling, waiting) = loader.staging.host_times();
         times.within("filling pinned memory", filling);
@@ -133,19 +133,6 @@ fn refuse_if_too_large(gpu: &Gpu, checkpoint: &Checkpoint) -> Result<()> {
         return Ok(());
     }
     Err(Error::OutOfGpuMemory { what: "the model's weights".into(), needed_bytes, free_bytes: Some(free) })
-}
-
-/// cos and sin of position * theta^(-2i/64), the angle in f32 as PyTorch computes it.
-fn rope_table(config: &ModelConfig) -> Vec<f32> {
-    let frequencies = reference::rope_frequencies(config.rope_theta);
-    let mut table = Vec::with_capacity(config.max_positions * HEAD_DIM);
-    for position in 0..config.max_positions {
-        for frequency in frequencies {
-            let angle = position as f32 * frequency;
-            table.extend([angle.cos(), angle.sin()]);
-        }
-    }
-    table
 }
 
 struct Loader<'a> {

@@ -28,6 +28,10 @@ fn greedy(max_new_tokens: usize) -> Sampling {
     Sampling::greedy().max_new_tokens(max_new_tokens)
 }
 
+fn all_of(answer: impl Iterator<Item = Result<Token>>) -> Vec<Token> {
+    answer.collect::<Result<_>>().unwrap()
+}
+
 fn joined(tokens: &[Token]) -> String {
     tokens.iter().map(|token| token.text.as_str()).collect()
 }
@@ -51,7 +55,7 @@ fn an_answer_ends_at_max_new_tokens() {
     let mut session = engine.session(SessionOptions::default()).unwrap();
     let mut answer = session.generate(CARD, &greedy(10)).unwrap();
     assert_eq!(answer.stop_reason(), None);
-    let tokens: Vec<Token> = answer.by_ref().collect::<Result<_>>().unwrap();
+    let tokens = all_of(answer.by_ref());
     assert_eq!(answer.stop_reason(), Some(StopReason::MaxNewTokens));
     assert!(answer.next().is_none(), "nothing comes after the end");
     let stats = answer.stats();
@@ -70,7 +74,7 @@ fn an_answer_ends_at_end_of_text_unless_it_is_ignored() {
     let golden = &golden::goldens("a")[0];
     let mut session = engine.session(SessionOptions::default()).unwrap();
     let mut answer = session.generate_ids(&golden.ids, &greedy(64)).unwrap();
-    let tokens: Vec<Token> = answer.by_ref().collect::<Result<_>>().unwrap();
+    let tokens = all_of(answer.by_ref());
     assert_eq!(answer.stop_reason(), Some(StopReason::EndOfText));
     assert_eq!(ids_of(&tokens), golden.greedy.ids[..41], "the goldens have id 11 at index 40");
     assert_eq!((tokens[40].id, tokens[40].text.as_str()), (11, ""));
@@ -81,7 +85,7 @@ fn an_answer_ends_at_end_of_text_unless_it_is_ignored() {
 
     let mut session = engine.session(SessionOptions::default()).unwrap();
     let on = Sampling { ignore_eos: true, ..greedy(43) };
-    let tokens: Vec<Token> = session.generate_ids(&golden.ids, &on).unwrap().collect::<Result<_>>().unwrap();
+    let tokens = all_of(session.generate_ids(&golden.ids, &on).unwrap());
     assert_eq!(ids_of(&tokens), golden.greedy.ids[..43]);
     assert!(joined(&tokens).contains("if you like.A helpful"), "special tokens have no text");
 }
@@ -100,7 +104,7 @@ fn an_answer_ends_at_a_stop_string_which_is_neither_printed_nor_kept() {
         let mut session = engine.session(SessionOptions::default()).unwrap();
         let sampling = greedy(64).stop("never to be seen").stop(stop);
         let mut answer = session.generate(CARD, &sampling).unwrap();
-        let tokens: Vec<Token> = answer.by_ref().collect::<Result<_>>().unwrap();
+        let tokens = all_of(answer.by_ref());
         assert_eq!(answer.stop_reason(), Some(StopReason::StopString), "{stop}");
         assert_eq!(joined(&tokens), text, "{stop}");
         assert!(answer.next().is_none());
@@ -118,7 +122,7 @@ fn an_answer_ends_at_a_stop_string_which_is_neither_printed_nor_kept() {
 fn text_held_back_for_a_stop_string_that_does_not_come_is_printed_at_the_end() {
     let mut session = engine().session(SessionOptions::default()).unwrap();
     let sampling = greedy(4).stop(" very little or nothing");
-    let tokens: Vec<Token> = session.generate(CARD, &sampling).unwrap().collect::<Result<_>>().unwrap();
+    let tokens = all_of(session.generate(CARD, &sampling).unwrap());
     assert_eq!(joined(&tokens), " I know very little");
     assert_eq!(tokens[2].text, "", "might have been the stop string");
     assert_eq!(tokens[3].text, " very little");
@@ -132,7 +136,7 @@ fn a_prompt_may_fill_the_context_and_gets_what_room_is_left() {
         let mut session = engine.session(with_context(max_context)).unwrap();
         assert_eq!(session.max_context(), max_context);
         let mut answer = session.generate_ids(ids, &greedy(10)).unwrap();
-        let tokens: Vec<Token> = answer.by_ref().collect::<Result<_>>().unwrap();
+        let tokens = all_of(answer.by_ref());
         assert_eq!((tokens.len(), answer.stop_reason()), (new_tokens, Some(StopReason::ContextFull)));
         assert_eq!(session.tokens().len(), max_context + 1, "the last one is known, but not in the cache");
         let refused = usage_of(session.generate_ids(&[100], &greedy(1)));
@@ -169,19 +173,13 @@ fn a_generation_dropped_early_leaves_what_it_has_yielded() {
     let mut session = engine.session(SessionOptions::default()).unwrap();
     for taken in [0, 1, 3] {
         session.reset().unwrap();
-        let yielded: Vec<Token> = session
-            .generate_ids(&golden.ids, &greedy(64))
-            .unwrap()
-            .take(taken)
-            .collect::<Result<_>>()
-            .unwrap();
+        let yielded = all_of(session.generate_ids(&golden.ids, &greedy(64)).unwrap().take(taken));
         assert_eq!(yielded.len(), taken);
         let so_far = [&golden.ids, &golden.greedy.ids[..taken]].concat();
         assert_eq!(session.tokens(), so_far);
         // The rest of the golden answer, its next token given as the prompt.
         let next = &golden.greedy.ids[taken..];
-        let rest: Vec<Token> =
-            session.generate_ids(&next[..1], &greedy(5)).unwrap().collect::<Result<_>>().unwrap();
+        let rest = all_of(session.generate_ids(&next[..1], &greedy(5)).unwrap());
         assert_eq!(ids_of(&rest), next[1..6], "after {taken}");
     }
 }
@@ -194,13 +192,11 @@ fn a_second_turn_equals_one_prompt_of_everything() {
     assert!(session.generate(CARD, &greedy(64)).unwrap().all(|token| token.is_ok()));
     let next_turn = "\nUser: Tell me a story\nAssistant:";
     let history = session.tokens().to_vec();
-    let second: Vec<Token> =
-        session.generate(next_turn, &greedy(12)).unwrap().collect::<Result<_>>().unwrap();
+    let second = all_of(session.generate(next_turn, &greedy(12)).unwrap());
 
     let everything = [history, engine.tokenizer().unwrap().encode(next_turn, false).unwrap()].concat();
     let mut fresh = engine.session(SessionOptions::default()).unwrap();
-    let once: Vec<Token> =
-        fresh.generate_ids(&everything, &greedy(12)).unwrap().collect::<Result<_>>().unwrap();
+    let once = all_of(fresh.generate_ids(&everything, &greedy(12)).unwrap());
     assert_eq!(second, once);
     assert_eq!(session.tokens(), fresh.tokens());
 }
@@ -215,7 +211,7 @@ fn truncate_forgets_the_end() {
     session.truncate(1000).unwrap();
     assert_eq!(session.tokens(), [&golden.ids, &golden.greedy.ids[..5]].concat());
     let rest = session.generate_ids(&golden.greedy.ids[5..7], &greedy(3)).unwrap();
-    assert_eq!(ids_of(&rest.collect::<Result<Vec<_>>>().unwrap()), golden.greedy.ids[7..10]);
+    assert_eq!(ids_of(&all_of(rest)), golden.greedy.ids[7..10]);
 }
 
 #[test]
@@ -239,7 +235,7 @@ fn logits_append_to_the_session() {
     // A prompt, two tokens of an answer (the second is not in the cache yet), then logits of the rest.
     let mut session = engine.session(SessionOptions::default()).unwrap();
     let answer = session.generate_ids(&golden.ids[..10], &greedy(2)).unwrap();
-    let answer = ids_of(&answer.collect::<Result<Vec<_>>>().unwrap());
+    let answer = ids_of(&all_of(answer));
     let mut rows = 0;
     session.truncate(10).unwrap();
     let mut compare = |logits: &[f32]| {
@@ -317,7 +313,7 @@ fn ids_work_without_a_tokenizer_and_text_says_what_is_missing() {
     assert!(matches!(session.generate_ids(&golden.ids, &greedy(1).stop("x")), Err(Error::Model { .. })));
     assert!(session.tokens().is_empty());
     let mut answer = session.generate_ids(&golden.ids, &greedy(64)).unwrap();
-    let tokens: Vec<Token> = answer.by_ref().collect::<Result<_>>().unwrap();
+    let tokens = all_of(answer.by_ref());
     assert_eq!(answer.stop_reason(), Some(StopReason::EndOfText));
     assert_eq!(ids_of(&tokens), golden.greedy.ids[..41]);
     assert_eq!(joined(&tokens), "");

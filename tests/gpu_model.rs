@@ -5,7 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a test's helper fails by panicking")]
 
 mod golden;
-#[path = "common/variants.rs"]
+#[path = "common/variants/mod.rs"]
 mod variants;
 
 use peregrine::engine::{Device, Engine, SessionOptions, StopReason, Token};

@@ -2,28 +2,14 @@
 #![cfg(all(feature = "cuda", feature = "cli"))]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+#[path = "common/gpu.rs"]
+mod gpu;
+
 use std::process::Command;
 
-use peregrine::error::Error;
-use peregrine::gpu::{DevBuf, Gpu, Stream};
+use gpu::gpu;
+use peregrine::gpu::{DevBuf, Gpu};
 use peregrine::lab::{calls, check};
-
-/// The first GPU; `None`, after saying so, where there is none. With PEREGRINE_REQUIRE_GPU=1 it fails instead.
-fn gpu() -> Option<(Gpu, Stream)> {
-    match Gpu::open(0) {
-        Ok(gpu) => {
-            let stream = gpu.stream().unwrap();
-            Some((gpu, stream))
-        }
-        Err(Error::NoGpu(why)) => {
-            assert!(std::env::var_os("PEREGRINE_REQUIRE_GPU").is_none_or(|v| v == "0"), "{why}");
-            let test = std::thread::current().name().unwrap_or("?").to_owned();
-            eprintln!("SKIPPED {test}: {why}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
-}
 
 /// Runs the program: status, stdout, stderr.
 fn lab(args: &[&str]) -> (i32, String, String) {
@@ -217,6 +203,9 @@ fn wrong_usage_is_refused() {
         (&["check", "layernrom"], "layernorm"),
         (&["try", "layernorm", "no-such-file.cu"], "no-such-file.cu"),
         (&["try", "layernorm"], "FILE"),
+        (&["new"], "OP"),
+        (&["check", "rope", "embed"], "one OP"),
+        (&["bench", "rope", "--save", "no/such/folder/x.json"], "no such folder"),
         (&["check", "--time-limit", "-1"], "time-limit"),
         (&["report", "nothing"], "layernorm"),
     ] {

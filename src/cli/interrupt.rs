@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use peregrine::{Error, Result};
 
-use super::output;
+use super::{output, temporary};
 
 /// Nothing runs that can be stopped between two steps: Ctrl-C ends the program.
 const IDLE: u8 = 0;
@@ -25,6 +25,7 @@ pub(super) fn install() -> Result<()> {
     let handler = || {
         if STATE.compare_exchange(WATCHED, REQUESTED, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             output::note(&Error::Interrupted.to_string());
+            temporary::delete_all();
             exit(i32::from(Error::Interrupted.exit_code()));
         }
     };

@@ -1,6 +1,6 @@
 //! Subcommands of `peregrine`, one file each, and what they share.
 //!
-//! `args` (options and their errors) < `output` (stdout and stderr), `interrupt` (Ctrl-C) < `model` (loading, with
+//! `args` (options and their errors) < `output` (stdout and stderr), `temporary` < `interrupt` (Ctrl-C) < `model` (loading, with
 //! the built-in model) < `generate`, `chat`, `logits`, `inspect`, `synth`, `bench`, `lab`.
 
 mod args;
@@ -18,6 +18,7 @@ mod prompt;
 mod report;
 mod sampling;
 mod synth;
+mod temporary;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -106,7 +106,7 @@ impl ModelFlags {
         };
         let checkpoint = self.open()?;
         let opened_seconds = start.elapsed().as_secs_f64();
-        let engine = Engine::from_checkpoint(checkpoint, &options)?;
+        let engine = Engine::from_checkpoint(checkpoint, &options).map_err(or_cpu)?;
         if self.model.is_none() {
             self.say(&format!("no -m MODEL given: {} tells little stories and nothing else", builtin::NAME));
         }
@@ -142,6 +142,14 @@ impl ModelFlags {
         if !self.quiet {
             output::note(line);
         }
+    }
+}
+
+/// Where there is no GPU, says what runs without one.
+pub(super) fn or_cpu(error: Error) -> Error {
+    match error {
+        Error::NoGpu(why) => Error::NoGpu(format!("{why}; or use --device cpu")),
+        other => other,
     }
 }
 

@@ -1,7 +1,9 @@
 //! stdout and stderr: results are flushed as they come, notes never fail, nothing panics on a closed pipe.
 
 use std::io::{self, IsTerminal, Write};
+use std::path::Path;
 
+use peregrine::error::one_line;
 use peregrine::{Error, Result};
 
 /// Writes a result to stdout at once.
@@ -18,6 +20,21 @@ fn stdout_error(error: &io::Error) -> Error {
         io::ErrorKind::BrokenPipe => "stdout was closed before the output was complete".to_string(),
         _ => format!("stdout: {error}"),
     })
+}
+
+/// Refuses a file that could not be written in the end, before anything long begins.
+///
+/// # Errors
+/// [`Error::Usage`] when there is no such folder.
+pub(super) fn require_folder(file: &Path) -> Result<()> {
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    match folder {
+        Some(folder) if !folder.is_dir() => Err(Error::Usage(format!(
+            "cannot write {}: there is no such folder",
+            one_line(&file.display().to_string())
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Writes a line to stderr. Failure is ignored: there is nowhere left to report it.

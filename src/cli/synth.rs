@@ -7,11 +7,12 @@ use std::time::Instant;
 
 use peregrine::checkpoint::FloatType;
 use peregrine::error::one_line;
-use peregrine::synth::{SynthOptions, SynthShape, synth};
+use peregrine::synth::{PART, SynthOptions, SynthShape, synth};
 use peregrine::{Error, Result};
 
 use super::args::{Args, Word};
-use super::output;
+use super::temporary::Temporary;
+use super::{interrupt, output};
 
 pub(super) const HELP: &[&str] = &["\
 Writes a random checkpoint in AutoGPTQ's format into a new folder: the shapes, bytes and arithmetic of a
@@ -65,7 +66,9 @@ pub(super) fn run(mut args: Args) -> Result<()> {
     let folder = folder.ok_or_else(|| args.wrong("no folder to write to: give DIR"))?;
     // Opened first: a mistyped name should not be found after gigabytes are written.
     let tokenizer = tokenizer.map(|file| open_tokenizer(&file)).transpose()?;
+    interrupt::install()?;
     let start = Instant::now();
+    let _part = Temporary::new(folder.join(PART));
     let progress = output::progress_wanted(quiet).then_some(output::progress as fn(u64, u64));
     let bytes = synth(shape, &folder, &options, progress)?;
     if let Some(mut tokenizer) = tokenizer {

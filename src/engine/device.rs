@@ -73,9 +73,7 @@ impl Model {
 
     #[cfg(not(feature = "cuda"))]
     fn load_cuda(_: &Checkpoint, ordinal: usize, _: &LoadOptions, _: &mut Vec<LoadPart>) -> Result<Model> {
-        Err(Error::NoGpu(format!(
-            "cuda:{ordinal}: this build has no CUDA; build with --features cuda, or use the CPU"
-        )))
+        Err(Error::NoGpu(format!("cuda:{ordinal}: this build has no CUDA; build with --features cuda")))
     }
 
     pub(super) fn device_name(&self) -> String {

@@ -55,7 +55,7 @@ impl Gpu {
         // SAFETY: loading libcuda runs its initialisers, which NVIDIA ships to be loaded by any program.
         if !unsafe { is_culib_present() } {
             return Err(Error::NoGpu(format!(
-                "no CUDA driver: libcuda.so was not found; install an NVIDIA driver {MIN_DRIVER} or newer, or use --device cpu"
+                "no CUDA driver: libcuda.so was not found; install an NVIDIA driver {MIN_DRIVER} or newer"
             )));
         }
         let mut version = 0;
@@ -63,14 +63,14 @@ impl Gpu {
         let asked = unsafe { cuDriverGetVersion(&raw mut version) };
         if asked == CUresult::CUDA_SUCCESS && version < MIN_DRIVER_VERSION {
             return Err(Error::NoGpu(format!(
-                "the NVIDIA driver is too old: it knows CUDA {}.{}, wanted driver {MIN_DRIVER} or newer; update it, or use --device cpu",
+                "the NVIDIA driver is too old: it knows CUDA {}.{}, wanted driver {MIN_DRIVER} or newer",
                 version / 1000,
                 version % 1000 / 10
             )));
         }
         let no_gpu = |e: DriverError| {
             match e.0 {
-            CUresult::CUDA_ERROR_NO_DEVICE => Error::NoGpu("no NVIDIA GPU was found; use --device cpu".into()),
+            CUresult::CUDA_ERROR_NO_DEVICE => Error::NoGpu("no NVIDIA GPU was found".into()),
             CUresult::CUDA_ERROR_STUB_LIBRARY => Error::NoGpu(
                 "the libcuda.so found is a toolkit's stub, not a driver; take the stubs folder off LD_LIBRARY_PATH".into(),
             ),
@@ -93,7 +93,7 @@ impl Gpu {
         let capability = major * 10 + minor;
         if capability < MIN_CAPABILITY {
             return Err(Error::NoGpu(format!(
-                "{name} is sm_{capability}: the kernels need sm_{MIN_CAPABILITY} (Ampere) or newer; use --device cpu"
+                "{name} is sm_{capability}: the kernels need sm_{MIN_CAPABILITY} (Ampere) or newer"
             )));
         }
         // SAFETY: every buffer is used on the stream it was allocated on: all of a model's are of one stream

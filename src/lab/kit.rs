@@ -1,10 +1,12 @@
 //! Data to check kernels with: seeded, shifted off zero, quantised as a checkpoint is.
 
+use super::{CONTEXT, THETA};
 use crate::checkpoint::{FloatTensor, FloatType, GptqTensor};
 use crate::error::Result;
-use crate::gpu::ops::{self, Int4Matrix, RawGptq};
+use crate::gpu::ops::{self, Int4Matrix, RawGptq, Table};
 use crate::gpu::{DevBuf, Stream};
 use crate::layout::{f16_to_f32, f32_to_f16};
+use crate::reference;
 use crate::repack::InputOrder;
 
 /// An f16 that is not a number, to show what a kernel did not write.
@@ -211,4 +213,32 @@ pub fn repack(
         ops::gptq_repack(stream, &raw, &mut matrix, *row, *input)?;
     }
     Ok(matrix)
+}
+
+/// A random table, on the host and in units on the GPU.
+///
+/// # Errors
+/// A driver failure.
+pub fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, Table)> {
+    // Drawn from some thousand values: a table of 300 million would take seconds.
+    let mut random = Random::new(9);
+    let values = random.halves(4096, (hidden as f32).sqrt().recip());
+    let draws = (0..(vocab * hidden).div_ceil(5)).flat_map(|_| {
+        let bits = random.bits();
+        (0..5).map(move |i| (bits >> (12 * i)) as usize % 4096)
+    });
+    let rows: Vec<u16> = draws.take(vocab * hidden).map(|i| values[i]).collect();
+    let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
+    let raw = DevBuf::from_host(stream, "raw", &bytes)?;
+    let mut units = DevBuf::guarded(stream, "units", &vec![NAN16; rows.len()])?;
+    ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0)?;
+    Ok((bytes, Table { units, vocab, hidden }))
+}
+
+/// Cos and sin of every position and pair, as the model's table has them.
+///
+/// # Errors
+/// A driver failure.
+pub fn rope_table(stream: &Stream) -> Result<DevBuf<f32>> {
+    DevBuf::guarded(stream, "table", &reference::rope_table(THETA, CONTEXT))
 }

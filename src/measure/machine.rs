@@ -1,5 +1,6 @@
 //! The machine: what it is, how its GPU is while it works, and what it can do at best, measured in the same run.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -21,6 +22,13 @@ pub struct Ceilings {
     pub bytes_per_second: f64,
     /// Dense f16 operations a second with f32 sums: `cuda/mma_peak.cu`.
     pub flop_per_second: f64,
+}
+
+impl fmt::Display for Ceilings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (bytes, flop) = (self.bytes_per_second / 1e12, self.flop_per_second / 1e12);
+        write!(f, "{bytes:.2} TB/s, {flop:.0} TFLOP/s dense f16")
+    }
 }
 
 /// What an H200 gave, for floors where nothing can be measured.

@@ -107,6 +107,9 @@ struct Plan {
     fill: Fill,
 }
 
+/// The weights' name until they are finished.
+pub const PART: &str = "model.safetensors.part";
+
 /// Writes `config.json`, `quantize_config.json` and `model.safetensors` into `dir`, which is made if it is not there.
 ///
 /// Gives the bytes of `model.safetensors`. `progress` is called with the bytes written and their total, perhaps from
@@ -114,7 +117,7 @@ struct Plan {
 ///
 /// # Errors
 /// [`Error::Usage`] for sizes this engine does not run and when `dir` has a model already; [`Error::Io`] when writing
-/// fails. An unfinished file has no header, so it cannot be taken for a model.
+/// fails. The weights have their name only when they are finished; until then they are [`PART`], which the next attempt overwrites.
 pub fn synth(
     shape: SynthShape,
     dir: &Path,
@@ -131,7 +134,11 @@ pub fn synth(
     let (config, quantize) = configs(shape, options);
     write_json(&dir.join("config.json"), &config)?;
     write_json(&dir.join("quantize_config.json"), &quantize)?;
-    write_weights(&weights, &plans(shape, options), options.seed, progress)
+    let part = dir.join(PART);
+    let bytes = write_weights(&part, &plans(shape, options), options.seed, progress)?;
+    let fail = |e| Error::Io(format!("synth: cannot name {}: {e}", weights.display()));
+    fs::rename(&part, &weights).map_err(fail)?;
+    Ok(bytes)
 }
 
 fn check(shape: SynthShape, options: &SynthOptions) -> Result<()> {
@@ -280,7 +287,6 @@ fn write_weights(path: &Path, plans: &[Plan], seed: u64, progress: Option<fn(u64
     if let Some(error) = state.into_inner().ok().and_then(|state| state.1) {
         return Err(error);
     }
-    // Last, so that an unfinished file is none: without it the length field is zero.
     file.write_all_at(&header, 0).map_err(fail)?;
     Ok(total)
 }

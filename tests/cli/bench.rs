@@ -72,6 +72,7 @@ fn wrong_usage_is_refused() {
         (&["-r", "0"], "-r"),
         (&["-o", "xml"], "jsonl"),
         (&["--plot", "picture.png"], ".svg"),
+        (&["--save", "no/such/folder/x.json"], "no such folder"),
         (&["--load-format", "pickle"], "dummy"),
         (&["--compare", missing.to_str().unwrap()], "none.json"),
         (&["-m", "falcon-8b"], "falcon-7b"),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
@@ -61,6 +62,29 @@ fn ctrl_c_ends_a_generation_with_its_figures() {
     assert!(rest.ends_with('\n'), "the text does not end its line: {rest:?}");
     assert!(err.contains(" new token") && err.contains("stop: interrupted"), "{err}");
     assert!(!err.contains("panicked"), "{err}");
+}
+
+#[test]
+fn ctrl_c_leaves_no_half_of_a_checkpoint() {
+    let folder = folder("interrupted");
+    let dir = folder.to_str().unwrap();
+    let dummy = ["bench", "--load-format", "dummy", "--device", "cpu"];
+    for args in [&["synth", "--like", "falcon-7b", dir][..], &dummy] {
+        let mut child = command(args).spawn().unwrap();
+        end_in_time(&child);
+        let name = format!("peregrine-dummy-{}", child.id());
+        let places = [folder.clone(), Path::new("/dev/shm").join(&name), std::env::temp_dir().join(&name)];
+        let parts = places.map(|place| place.join("model.safetensors.part"));
+        while !parts.iter().any(|part| part.exists()) {
+            assert!(child.try_wait().unwrap().is_none(), "{}", stderr_of(&mut child));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        interrupt(&child);
+        assert_eq!(wait(&mut child).code(), Some(130));
+        assert_eq!(stderr_of(&mut child), "peregrine: interrupted\n");
+        assert!(!parts.iter().any(|part| part.exists()), "{args:?}");
+        assert!(!parts[1].parent().unwrap().exists() && !parts[2].parent().unwrap().exists());
+    }
 }
 
 #[test]

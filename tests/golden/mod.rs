@@ -6,13 +6,18 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 #![allow(missing_docs, clippy::expect_used, clippy::panic, reason = "a test's helper fails by panicking")]
 
-use std::io::Write;
+#[path = "../common/gpu.rs"]
+mod gpu;
+
 use std::path::{Path, PathBuf};
 
+use peregrine::Result;
 use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
 use peregrine::sampler::Sampling;
-use peregrine::{Error, Result};
 use safetensors::SafeTensors;
+
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use gpu::unless_no_gpu;
 
 /// The prompts of every golden file.
 pub const PROMPTS: [&str; 4] = ["card", "one_token", "long", "non_ascii"];
@@ -34,23 +39,6 @@ pub fn model_path(set: &str) -> String {
 
 pub fn load(set: &str, device: Device) -> Result<Engine> {
     Engine::load(&model_path(set), &LoadOptions { device, progress: None })
-}
-
-/// What was loaded; `None`, said loudly, when there is no GPU.
-pub fn unless_no_gpu<T>(loaded: Result<T>) -> Option<T> {
-    match loaded {
-        Ok(loaded) => Some(loaded),
-        Err(Error::NoGpu(reason)) => {
-            let required = std::env::var("PEREGRINE_REQUIRE_GPU").is_ok_and(|v| v == "1");
-            assert!(!required, "PEREGRINE_REQUIRE_GPU=1, but {reason}");
-            // Not eprintln!, which the test harness hides when a test passes.
-            let test = std::thread::current().name().unwrap_or_default().to_owned();
-            let line = format!("SKIPPED {test}: {reason}; PEREGRINE_REQUIRE_GPU=1 makes this a failure\n");
-            std::io::stderr().write_all(line.as_bytes()).expect("stderr");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
 }
 
 /// What was computed for one prompt of n tokens.

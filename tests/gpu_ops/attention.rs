@@ -2,6 +2,8 @@
 
 use peregrine::gpu::ops::{self, AttnOutput, AttnScratch, LayerCache, StepTokens};
 use peregrine::gpu::{DevBuf, Stream};
+use peregrine::lab::kit::rope_table;
+use peregrine::lab::{CONTEXT, THETA};
 use peregrine::layout::{HEAD_DIM, f32_to_f16};
 use peregrine::reference;
 
@@ -13,17 +15,6 @@ const ATTENTION_TOLERANCE: f64 = 4e-4;
 const ROPE_TOLERANCE: f64 = 3e-4;
 /// Rotation and attention in one, queries and keys rounded to f16 between. Measured: 2.4e-4.
 const DECODE_TOLERANCE: f64 = 4e-4;
-const CONTEXT: usize = 2048;
-const THETA: f32 = 10000.0;
-
-/// Cos and sin of every position and pair, as the model's table has them.
-fn rope_table(stream: &Stream) -> DevBuf<f32> {
-    let frequencies = reference::rope_frequencies(THETA);
-    let table: Vec<f32> = (0..CONTEXT)
-        .flat_map(|p| frequencies.map(|f| p as f32 * f).into_iter().flat_map(|a| [a.cos(), a.sin()]))
-        .collect();
-    DevBuf::from_host(stream, "table", &table).unwrap()
-}
 
 /// A token of a call: its slot and position.
 type Place = (usize, usize);
@@ -69,7 +60,7 @@ fn part(x: &[f32], heads: usize, first: usize, count: usize) -> Vec<f32> {
 #[test]
 fn rope_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
-    let table = rope_table(&stream);
+    let table = rope_table(&stream).unwrap();
     for (heads, m, position, slot) in
         [(5, 1, 0, 0), (71, 1, 2047, 1), (71, 8, 63, 1), (71, 65, 1000, 0), (5, 300, 7, 1)]
     {
@@ -213,7 +204,7 @@ const EDGES: [usize; 17] = [0, 1, 7, 31, 32, 63, 64, 65, 127, 128, 129, 255, 256
 #[test]
 fn attn_decode_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
-    let table = rope_table(&stream);
+    let table = rope_table(&stream).unwrap();
     for heads in [5, 71] {
         let sequences = Sequences::new(&stream, &table, heads, &[CONTEXT]);
         let mut scratch = AttnScratch::new(&stream, heads, CONTEXT, ops::STEP_TOKENS).unwrap();
@@ -240,7 +231,7 @@ fn attn_decode_matches_reference() {
 #[test]
 fn attn_decode_does_not_mix_tokens() {
     let Some((_, stream)) = gpu() else { return };
-    let table = rope_table(&stream);
+    let table = rope_table(&stream).unwrap();
     let lengths = [CONTEXT, 130, 64, 1, 400, 257, 2, 1025];
     for heads in [5, 71] {
         let sequences = Sequences::new(&stream, &table, heads, &lengths);
@@ -286,7 +277,7 @@ fn attn_decode_does_not_mix_tokens() {
 #[test]
 fn attn_decode_clamps_its_tokens() {
     let Some((_, stream)) = gpu() else { return };
-    let (heads, table) = (5, rope_table(&stream));
+    let (heads, table) = (5, rope_table(&stream).unwrap());
     let sequences = Sequences::new(&stream, &table, heads, &[CONTEXT, CONTEXT]);
     let mut scratch = AttnScratch::new(&stream, heads, CONTEXT, 2).unwrap();
     let mut cache = cache(&stream, &sequences.cached);

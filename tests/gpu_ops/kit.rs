@@ -1,31 +1,11 @@
-//! What the GPU tests share: the GPU or a loud skip, and the lab's seeded data and comparison with failures that panic.
+//! What the GPU tests share: the GPU or a loud skip, the lab's seeded data and comparison with failures that panic.
 
-use peregrine::error::Error;
 use peregrine::gpu::ops::Int4Matrix;
-use peregrine::gpu::{DevBuf, Gpu, Stream};
+use peregrine::gpu::{DevBuf, Stream};
 use peregrine::lab::kit::{self, Format};
 
+pub use crate::gpu::gpu;
 pub use peregrine::lab::kit::{G64, NAN16, Quantised, Random, to_f32};
-
-/// The first GPU and a stream on it; `None`, after saying so, where there is none. With PEREGRINE_REQUIRE_GPU=1 it fails instead.
-pub fn gpu() -> Option<(Gpu, Stream)> {
-    match Gpu::open(0) {
-        Ok(gpu) => {
-            let stream = gpu.stream().unwrap();
-            Some((gpu, stream))
-        }
-        Err(Error::NoGpu(why)) => {
-            assert!(
-                std::env::var_os("PEREGRINE_REQUIRE_GPU").is_none_or(|v| v == "0"),
-                "PEREGRINE_REQUIRE_GPU is set: {why}"
-            );
-            let test = std::thread::current().name().unwrap_or("?").to_owned();
-            eprintln!("SKIPPED {test}: {why}");
-            None
-        }
-        Err(e) => panic!("{e}"),
-    }
-}
 
 pub fn nan16(stream: &Stream, n: usize) -> DevBuf<u16> {
     DevBuf::from_host(stream, "output", &vec![NAN16; n]).unwrap()

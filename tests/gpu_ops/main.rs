@@ -10,6 +10,8 @@
 )]
 
 mod attention;
+#[path = "../common/gpu.rs"]
+mod gpu;
 mod kit;
 mod matmul;
 mod rows;

@@ -1,6 +1,6 @@
 //! A model to be measured, and how long each part of loading it took.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 use std::time::Instant;
 
@@ -11,8 +11,9 @@ use peregrine::measure::machine::Instruments;
 use peregrine::synth::{SynthOptions, SynthShape, synth};
 use peregrine::{Error, Result};
 
-use super::super::model::ModelFlags;
+use super::super::model::{ModelFlags, or_cpu};
 use super::super::output;
+use super::super::temporary::Temporary;
 use super::Options;
 
 /// A loaded model.
@@ -44,14 +45,14 @@ pub(super) fn load(options: &Options) -> Result<Loaded> {
     let dummy = options.dummy.then(|| Dummy::make(&options.model)).transpose()?;
     let start = Instant::now();
     let checkpoint = match &dummy {
-        Some(dummy) => Checkpoint::open(&dummy.0.to_string_lossy())?,
+        Some(dummy) => Checkpoint::open(&dummy.0.path().to_string_lossy())?,
         None => options.model.open()?,
     };
     let opened = Instant::now();
     let instruments = super::instruments(options);
     let context = Instant::now();
     let load = LoadOptions { device: options.model.device(), progress: Some(heard) };
-    let engine = Engine::from_checkpoint(checkpoint, &load)?;
+    let engine = Engine::from_checkpoint(checkpoint, &load).map_err(or_cpu)?;
     let end = Instant::now();
     // The mapping outlives the files' names.
     drop(dummy);
@@ -83,18 +84,11 @@ pub(super) fn checkpoint(model: &ModelFlags, dummy: bool) -> Result<Checkpoint> 
         return model.open();
     }
     let made = Dummy::make(model)?;
-    Checkpoint::open(&made.0.to_string_lossy())
+    Checkpoint::open(&made.0.path().to_string_lossy())
 }
 
-/// A folder with a random checkpoint, deleted when dropped.
-struct Dummy(PathBuf);
-
-impl Drop for Dummy {
-    fn drop(&mut self) {
-        // A leftover is reported by nobody's disk but the user's own: nothing can be done about it here.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
+/// A folder with a random checkpoint.
+struct Dummy(Temporary);
 
 impl Dummy {
     /// In memory if there is room, else in the folder for temporary files.
@@ -116,8 +110,8 @@ impl Dummy {
 
     fn make_in(folder: &Path, shape: SynthShape) -> Result<Dummy> {
         let start = Instant::now();
-        let dummy = Dummy(folder.join(format!("peregrine-dummy-{}", std::process::id())));
-        let bytes = synth(shape, &dummy.0, &SynthOptions::default(), None)?;
+        let dummy = Dummy(Temporary::new(folder.join(format!("peregrine-dummy-{}", std::process::id()))));
+        let bytes = synth(shape, dummy.0.path(), &SynthOptions::default(), None)?;
         if output::progress_wanted(false) {
             let seconds = start.elapsed().as_secs_f64();
             output::note(&format!("made {:.1} MB of random weights in {seconds:.1} s", bytes as f64 / 1e6));

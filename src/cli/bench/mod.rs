@@ -96,9 +96,13 @@ pub(super) fn run(mut args: Args, words: Vec<OsString>) -> Result<()> {
     if let Some(other) = &options.vs {
         return vs::run(&options, other);
     }
+    options.save.iter().chain(&options.plot).try_for_each(|file| output::require_folder(file))?;
     let earlier = options.compare.as_deref().map(row::read).transpose()?;
     let loaded = load::load(&options)?;
     let ceilings = loaded.instruments.ceilings()?;
+    if options.breakdown && !(ceilings.is_some() && loaded.engine.device_name().contains("cuda")) {
+        return Err(Error::NoGpu("--breakdown: the model does not run on a GPU".into()));
+    }
     let rows = measure::all(&options, &loaded, ceilings)?;
     print(&options, &rows)?;
     if options.format == Format::Md {
@@ -244,9 +248,6 @@ fn pictures(options: &Options, loaded: load::Loaded, ceilings: Option<Ceilings>,
             options.model.say("each op apart ...");
             breakdown::measure(&engine, gpu, stream, ceilings)?
         }
-        _ if options.breakdown => {
-            return Err(Error::NoGpu("--breakdown: the model does not run on a GPU".into()));
-        }
         _ => Vec::new(),
     };
     if options.breakdown {
@@ -262,9 +263,6 @@ fn pictures(options: &Options, loaded: load::Loaded, ceilings: Option<Ceilings>,
 /// The plot alone.
 #[cfg(not(feature = "cuda"))]
 fn pictures(options: &Options, _: load::Loaded, ceilings: Option<Ceilings>, rows: &[Row]) -> Result<()> {
-    if options.breakdown {
-        return Err(Error::NoGpu("--breakdown: this build has no CUDA".into()));
-    }
     match &options.plot {
         Some(file) => peregrine::measure::plot::write(file, rows, &[], ceilings),
         None => Ok(()),

@@ -4,7 +4,7 @@
 //! lines says where.
 
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
@@ -13,18 +13,9 @@ use peregrine::error::one_line;
 use peregrine::lab::{compile, report};
 use peregrine::{Error, Result};
 
+use super::super::temporary::Temporary;
 use super::super::{interrupt, output};
 use super::{Options, known, ops};
-
-/// A folder that is deleted when dropped.
-struct Folder(PathBuf);
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        // What cannot be deleted is a temporary file more.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
 
 /// Runs the command.
 pub(super) fn attempt(options: &Options, op: &str, file: &str) -> Result<()> {
@@ -36,11 +27,11 @@ pub(super) fn attempt(options: &Options, op: &str, file: &str) -> Result<()> {
     }
     // Before nvcc is asked for anything: without a GPU there is nothing to try.
     let capability = ops::gpu(options)?.0.capability();
-    let folder = Folder(std::env::temp_dir().join(format!("peregrine-lab-{}", std::process::id())));
-    std::fs::create_dir_all(&folder.0)
+    let folder = Temporary::new(std::env::temp_dir().join(format!("peregrine-lab-{}", std::process::id())));
+    std::fs::create_dir_all(folder.path())
         .map_err(|e| Error::Io(format!("cannot make a temporary folder: {e}")))?;
     let library = if path.extension().is_some_and(|e| e == "cu") {
-        let compiled = compile::compile(op, path, &folder.0, capability)?;
+        let compiled = compile::compile(op, path, folder.path(), capability)?;
         output::print(&report::table(&report::kernels(&compiled.ptxas)))?;
         compiled.library
     } else {

@@ -53,7 +53,8 @@ pub(super) fn run(options: &Options, op: &str, library: &str) -> Result<()> {
     let place = |other: bool| if other { swap.in_place() } else { swap.out() };
     for call in &mut calls::calls(op, &stream, true)? {
         tell("at", &format!("timing {}", call.label()))?;
-        let [plain, other] = match timer.in_turns(call.as_mut(), &place) {
+        call.reset(&stream)?;
+        let [plain, other] = match timer.in_turns(&mut |stream| call.launch(stream), &place) {
             Err(Error::Cuda { what, .. }) if what == DECLINED => {
                 swap.out();
                 tell("say", &format!("{:<44} {:>12} {:>12}", call.label(), "", "declined"))?;

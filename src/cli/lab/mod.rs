@@ -112,6 +112,11 @@ fn dispatch(args: &Args, options: &Options, words: &[&str]) -> Result<()> {
         ["try", op, file] => attempt::attempt(options, op, file),
         ["child", op, library] => child::run(options, op, library),
         ["try", ..] => Err(args.wrong("try: wanted OP and FILE")),
+        ["new", ..] => Err(args.wrong("new: wanted OP, and perhaps DIR")),
+        ["list", ..] => Err(args.wrong("list: wanted nothing more")),
+        [word @ ("check" | "bench" | "report"), ..] => {
+            Err(args.wrong(&format!("{word}: wanted one OP, or none for all")))
+        }
         [other, ..] => {
             let known = ["list", "check", "bench", "new", "try", "report"];
             let hint = super::args::nearest(other, known.into_iter())

@@ -7,7 +7,7 @@ use peregrine::error::one_line;
 use peregrine::gpu::{Gpu, Stream};
 use peregrine::lab::check::{self, Finding};
 use peregrine::lab::{self, calls, compile, report, time};
-use peregrine::measure::machine::{self, Ceilings};
+use peregrine::measure::machine;
 use peregrine::measure::stats;
 use peregrine::{Error, Result};
 use serde_json::{Map, Value, json};
@@ -34,17 +34,9 @@ pub(super) fn list(options: &Options) -> Result<()> {
             Err(Error::NoGpu(_)) => (machine::H200, "an H200, as there is no GPU here".to_owned()),
             Err(error) => return Err(error),
         };
-    output::print(&format!("{}\nfloors of {whose}: {}\n", lab::list::table(ceilings), words(ceilings)))?;
+    output::print(&format!("{}\nfloors of {whose}: {ceilings}\n", lab::list::table(ceilings)))?;
     let ops = calls::OPS.iter().map(|(op, what)| format!("  {op:<13} {what}\n")).collect::<String>();
     output::print(&format!("\nops that lab check, bench, new and try take:\n{ops}"))
-}
-
-fn words(ceilings: Ceilings) -> String {
-    format!(
-        "{:.2} TB/s, {:.0} TFLOP/s dense f16",
-        ceilings.bytes_per_second / 1e12,
-        ceilings.flop_per_second / 1e12
-    )
 }
 
 /// The op asked for, or all.
@@ -94,49 +86,33 @@ pub(super) fn shown(finding: &Finding) -> String {
 pub(super) fn bench(options: &Options, op: Option<&str>) -> Result<()> {
     interrupt::install()?;
     let ops = chosen(op)?;
+    options.save.iter().try_for_each(|file| output::require_folder(file))?;
     let (gpu, stream) = gpu(options)?;
     let ceilings = machine::ceilings(&gpu, &stream)?;
     let file = options.record.clone().unwrap_or_else(|| record_of(gpu.name()));
     let record = read_record(&file);
     let mut timer = time::Timer::new(&gpu, &stream)?;
     let mut saved = Map::new();
-    output::print(&format!(
-        "{:<44} {:>24} {:>24} {:>8} {:>8} {:>8} {:>8} {:>10}\n",
-        "call, us",
-        "cold (10 - 90 %)",
-        "warm (10 - 90 %)",
-        "GB/s",
-        "TFLOP/s",
-        "floor us",
-        "of floor",
-        "record"
-    ))?;
+    output::print(&format!("{} {:>10}\n", time::heading(), "record"))?;
     for op in ops {
         for call in &mut calls::calls(op, &stream, true)? {
-            let times = timer.times(call.as_mut())?;
-            let (label, work) = (call.label(), call.work());
+            call.reset(&stream)?;
+            let times = timer.times(&mut |stream| call.launch(stream))?;
+            let label = call.label();
             let (cold, warm) = (stats::median(&times.cold), stats::median(&times.warm));
-            let floor = work.floor_seconds(ceilings.bytes_per_second, ceilings.flop_per_second) * 1e6;
             let before = record.get(&label).and_then(|r| r["cold_us"].as_f64());
             let before = before.map_or(String::new(), |us| format!("x {:.3}", cold / us));
-            output::print(&format!(
-                "{label:<44} {:>24} {:>24} {:>8.0} {:>8.1} {floor:>8.2} {:>6.0} % {before:>10}\n",
-                time::spread(&times.cold),
-                time::spread(&times.warm),
-                work.bytes / cold / 1e3,
-                work.flop / cold / 1e6,
-                floor / cold * 100.0
-            ))?;
+            let row = time::row(&label, call.work(), &times, ceilings);
+            output::print(&format!("{row} {before:>10}\n"))?;
             saved.insert(label, json!({ "cold_us": cold, "warm_us": warm }));
         }
     }
     let against =
         if record.is_empty() { "no record".to_owned() } else { one_line(&file.display().to_string()) };
     output::print(&format!(
-        "\n{}: {}. Rates and share are of the cold time, one launch between two events, which are some 2 us of it; record: \
-         cold time over that of {against}.\n",
+        "\n{}: {ceilings}. {}; record: cold time over that of {against}.\n",
         gpu.name(),
-        words(ceilings)
+        time::NOTE
     ))?;
     let Some(file) = &options.save else { return Ok(()) };
     let driver = machine::Instruments::open(options.model.ordinal().unwrap_or(0)).names();

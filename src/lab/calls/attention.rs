@@ -1,6 +1,6 @@
 //! Calls of rope and attention.
 
-use super::super::kit::{NAN16, Random, to_f32};
+use super::super::kit::{self, NAN16, Random, to_f32};
 use super::super::{CONTEXT, HEADS, THETA};
 use super::{Call, F16_TOLERANCE, Output, all, guarded, only, trespass};
 use crate::error::{Error, Result};
@@ -30,7 +30,8 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
                 (HEADS, 8, 1000),
                 (HEADS, 1, CONTEXT - 1),
             ];
-            let times: &[_] = &[(HEADS, 1, 128), (HEADS, 1, 1024), (HEADS, 1, CONTEXT - 1), (HEADS, 8, 1024)];
+            let times: &[_] = &[(1, 128), (1, 1024), (1, CONTEXT - 1), (8, 1024), (8, CONTEXT - 8)]
+                .map(|(m, at)| (HEADS, m, at));
             for &(heads, m, at) in if timing { times } else { checks } {
                 calls.push(Box::new(AttentionCall::new(stream, true, heads, m, at)?));
             }
@@ -44,7 +45,7 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
                 (5, 65, 100),
                 (5, 17, CONTEXT - 17),
             ];
-            let times: &[_] = &[(HEADS, 128, 0), (HEADS, 512, 0), (HEADS, 2048, 0)];
+            let times: &[_] = &[64, 128, 512, 2048].map(|m| (HEADS, m, 0));
             for &(heads, m, at) in if timing { times } else { checks } {
                 calls.push(Box::new(AttentionCall::new(stream, false, heads, m, at)?));
             }
@@ -55,15 +56,6 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
 
 /// Queries, keys and weights are f16, the output is rounded to f16. Measured: 2.4e-4.
 const ATTENTION_TOLERANCE: f64 = 4e-4;
-
-/// Cos and sin of every position and pair, as the model's table has them.
-fn rope_table(stream: &Stream) -> Result<DevBuf<f32>> {
-    let frequencies = reference::rope_frequencies(THETA);
-    let table: Vec<f32> = (0..CONTEXT)
-        .flat_map(|p| frequencies.map(|f| p as f32 * f).into_iter().flat_map(|a| [a.cos(), a.sin()]))
-        .collect();
-    guarded(stream, "table", &table)
-}
 
 /// The words of tokens of slot 0 from `at` on.
 fn token_words(stream: &Stream, m: usize, at: usize) -> Result<DevBuf<u32>> {
@@ -117,7 +109,7 @@ impl RopeCall {
             qkv: guarded(stream, "qkv", &host)?,
             host,
             cache: cache(stream, &[], &[])?,
-            table: rope_table(stream)?,
+            table: kit::rope_table(stream)?,
             words: token_words(stream, m, at)?,
         })
     }
@@ -227,7 +219,7 @@ impl AttentionCall {
             cache: cache(stream, &keys[..held], &values[..held])?,
             keys,
             values,
-            table: rope_table(stream)?,
+            table: kit::rope_table(stream)?,
             words: token_words(stream, m, at)?,
             scratch: AttnScratch::new(stream, heads, CONTEXT, m.min(ops::STEP_TOKENS))?,
             out: guarded(stream, "out", &vec![NAN16; FIRST + m * stride])?,

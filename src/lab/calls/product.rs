@@ -82,7 +82,7 @@ fn shapes(kernel: MatmulKernel, timing: bool) -> Vec<Shape> {
     if timing {
         let tokens: &[usize] = match kernel {
             MatmulKernel::Gemv => &[1, 8],
-            MatmulKernel::Batch => &[16, 64],
+            MatmulKernel::Batch => &[16, 32, 64],
             MatmulKernel::Gemm => &[128, 512, 2048],
         };
         return tokens.iter().flat_map(|&m| pair(m)).collect();

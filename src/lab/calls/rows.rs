@@ -1,6 +1,8 @@
 //! Calls of ops on rows and on the table: layernorm, permute, embed, head.
 
-use super::super::kit::{NAN16, Random, to_f32};
+use std::rc::Rc;
+
+use super::super::kit::{self, NAN16, Random, to_f32};
 use super::super::{FFN, HIDDEN, VOCAB};
 use super::{Call, F16_TOLERANCE, F32_TOLERANCE, Output, all, guarded, only, trespass};
 use crate::checkpoint::{FloatTensor, FloatType};
@@ -61,9 +63,17 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
         _ => {
             let checks: &[_] =
                 &[(16, 64, 1), (512, 320, 9), (4096, HIDDEN, 1), (4096, HIDDEN, 63), (4096, HIDDEN, 64)];
-            let times: &[_] = &[(VOCAB, HIDDEN, 1), (VOCAB, HIDDEN, 8)];
+            let times: &[_] = &[1, 8, 16, 32, 64].map(|m| (VOCAB, HIDDEN, m));
+            // Neighbours of one shape share a table: Falcon-7B's has 600 MB.
+            let mut shared: Option<Rc<(Vec<u8>, Table)>> = None;
             for &(vocab, hidden, m) in if timing { times } else { checks } {
-                calls.push(Box::new(HeadCall::new(stream, vocab, hidden, m)?));
+                let fits = shared.take().filter(|t| (t.1.vocab, t.1.hidden) == (vocab, hidden));
+                let table = match fits {
+                    Some(table) => table,
+                    None => Rc::new(kit::table(stream, vocab, hidden)?),
+                };
+                calls.push(Box::new(HeadCall::new(stream, Rc::clone(&table), m)?));
+                shared = Some(table);
             }
         }
     }
@@ -203,23 +213,6 @@ impl Call for PermuteCall {
     }
 }
 
-/// A random table, on the host and in units on the GPU.
-fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, Table)> {
-    // Drawn from some thousand values: a table of 300 million would take seconds.
-    let mut random = Random::new(9);
-    let values = random.halves(4096, (hidden as f32).sqrt().recip());
-    let draws = (0..(vocab * hidden).div_ceil(5)).flat_map(|_| {
-        let bits = random.bits();
-        (0..5).map(move |i| (bits >> (12 * i)) as usize % 4096)
-    });
-    let rows: Vec<u16> = draws.take(vocab * hidden).map(|i| values[i]).collect();
-    let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
-    let raw = DevBuf::from_host(stream, "raw", &bytes)?;
-    let mut units = guarded(stream, "units", &vec![NAN16; rows.len()])?;
-    ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0)?;
-    Ok((bytes, Table { units, vocab, hidden }))
-}
-
 struct EmbedCall {
     m: usize,
     ids: Vec<u32>,
@@ -231,7 +224,7 @@ struct EmbedCall {
 
 impl EmbedCall {
     fn new(stream: &Stream, vocab: usize, m: usize) -> Result<EmbedCall> {
-        let (bytes, table) = table(stream, vocab, HIDDEN)?;
+        let (bytes, table) = kit::table(stream, vocab, HIDDEN)?;
         let mut random = Random::new(m as u64);
         let mut ids: Vec<u32> = (0..m).map(|_| (random.bits() % vocab as u64) as u32).collect();
         ids[m - 1] = vocab as u32 - 1;
@@ -271,57 +264,50 @@ impl Call for EmbedCall {
 
 struct HeadCall {
     m: usize,
-    bytes: Vec<u8>,
     host_x: Vec<u16>,
-    table: Table,
+    /// On the host as the checkpoint has it, and on the GPU.
+    table: Rc<(Vec<u8>, Table)>,
     x: DevBuf<u16>,
     logits: DevBuf<f32>,
 }
 
 impl HeadCall {
-    fn new(stream: &Stream, vocab: usize, hidden: usize, m: usize) -> Result<HeadCall> {
-        let (bytes, table) = table(stream, vocab, hidden)?;
+    fn new(stream: &Stream, table: Rc<(Vec<u8>, Table)>, m: usize) -> Result<HeadCall> {
+        let Table { vocab, hidden, .. } = table.1;
         let host_x = Random::new(10 + m as u64).halves(m * hidden, 1.0);
         let x = guarded(stream, "x", &host_x)?;
-        Ok(HeadCall {
-            m,
-            bytes,
-            host_x,
-            table,
-            x,
-            logits: guarded(stream, "logits", &vec![f32::NAN; m * vocab])?,
-        })
+        Ok(HeadCall { m, host_x, table, x, logits: guarded(stream, "logits", &vec![f32::NAN; m * vocab])? })
     }
 }
 
 impl Call for HeadCall {
     fn label(&self) -> String {
-        format!("head [{}, {}] of {}", self.m, self.table.hidden, self.table.vocab)
+        format!("head [{}, {}] of {}", self.m, self.table.1.hidden, self.table.1.vocab)
     }
 
     fn reset(&mut self, stream: &Stream) -> Result<()> {
-        self.logits.upload(stream, 0, &vec![f32::NAN; self.m * self.table.vocab])
+        self.logits.upload(stream, 0, &vec![f32::NAN; self.m * self.table.1.vocab])
     }
 
     fn launch(&mut self, stream: &Stream) -> Result<()> {
-        ops::head(stream, &self.table, &self.x, 0, self.m, &mut self.logits, 0)
+        ops::head(stream, &self.table.1, &self.x, 0, self.m, &mut self.logits, 0)
     }
 
     fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
-        let Table { vocab, hidden, .. } = self.table;
-        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &self.bytes };
+        let Table { vocab, hidden, .. } = self.table.1;
+        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &self.table.0 };
         let want = only(wanted, || reference::head(&to_f32(&self.host_x), &tensor));
         let got = all(stream, &self.logits)?;
         Ok(vec![Output { name: "logits", row: vocab, got, want, tolerance: F32_TOLERANCE }])
     }
 
     fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
-        trespass!(stream, "logits": self.logits, "x": self.x, "units": self.table.units)
+        trespass!(stream, "logits": self.logits, "x": self.x, "units": self.table.1.units)
     }
 
     fn work(&self) -> Work {
-        let weights = (self.table.vocab * self.table.hidden) as f64;
-        let moved = self.m * (self.table.hidden * 2 + self.table.vocab * 4);
+        let weights = (self.table.1.vocab * self.table.1.hidden) as f64;
+        let moved = self.m * (self.table.1.hidden * 2 + self.table.1.vocab * 4);
         Work { bytes: weights * 2.0 + moved as f64, flop: 2.0 * weights * self.m as f64 }
     }
 }
