@@ -87,7 +87,7 @@ struct FetchReady {
     }
 };
 
-// Sixteen dims of a head, which is one unit: words as Consumer::load wants them.
+// Sixteen dims of a head, which is one unit: words in the order that `fetch` describes.
 struct StoreWide {
     const Args& p;
     uint32_t layer;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
-    if (threadIdx.x == 32) plan_runs(p, shared.runs);
+    if (threadIdx.x == 32) plan_runs(p, shared.runs);  // beside the thread that makes the barriers
     pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {

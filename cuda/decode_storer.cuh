@@ -29,8 +29,8 @@ struct Storer {
     static __device__ __forceinline__ uint32_t row() { return lane() % STEP; }
 
     // Calls send(sums, active) for the outputs of the next strip, on all lanes together; `active` says whether there is such a token. The
-    // order of a sum is the same whatever the number of tokens. The slot goes back as soon as the sums are in registers: consumers
-    // wait for it.
+    // order of a sum is the same whatever the number of tokens. The slot goes back as soon as the sums are added: consumers wait for
+    // it. That the adds stand before the arrival is the compiler's doing, and was looked up in the SASS; see Pitfalls in decode_step.cu.
     template <typename Send>
     __device__ __forceinline__ void take(Send send) {
         barrier_wait(&shared.sums_full[slot], phase);
@@ -50,7 +50,7 @@ struct Storer {
         if (++slot == SUM_SLOTS) slot = 0, phase ^= 1;
         send(low, active);
     }
-    // Two neighbouring rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest as `Consumer::load` wants them.
+    // Two neighbouring rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest in the order of `fetch`.
     __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t m, uint32_t row, uint32_t pair) const {
         const uint32_t first = tile * UNIT_ROWS;
         if (first < p.qkv_size) {
