@@ -11,12 +11,13 @@ namespace {
 
 using Words = uint32_t[WARP_UNITS][2 * STEPS];
 
-// What a lane has of token m's inputs, `stride` f16 a token: input 16 s + 8 h + 2 q + e of a unit is at 16 q + 4 s + 2 h + e. `first` and
-// `units`: those of the warp. In place of a token or a unit that is not there another one's, since all must be read: registers that
-// are written under a condition are taken for occupied all the time.
+// What a lane has of token m's inputs, `stride` f16 a token, for the head. Input 16 s + 8 h + 2 q + e of a unit is at 32 (s / 2) + 8 q +
+// 4 (s % 2) + 2 h + e, so that the 16 bytes of lanes q = 0 .. 3 are whole sectors. `first` and `units`: those of the warp. In place of a
+// token or a unit that is not there another one's, since all must be read: registers that are written under a condition are taken for
+// occupied all the time.
 __device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* activations, uint32_t stride, uint32_t m, uint32_t tokens,
                                       uint32_t first, uint32_t units, uint32_t layer) {
-    const uint16_t* from = activations + min(m, tokens - 1) * stride + first * UNIT_INPUTS + threadIdx.x % 4 * 16;
+    const uint16_t* from = activations + min(m, tokens - 1) * stride + first * UNIT_INPUTS + threadIdx.x % 4 * 8;
     const auto load = [&] {
         bool complete = true;
 #pragma unroll
@@ -24,7 +25,7 @@ __device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* a
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 *reinterpret_cast<uint4*>(w[i] + 4 * half) =
-                    load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT_INPUTS) + half);
+                    load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT_INPUTS) + half * 4);
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
@@ -97,7 +98,8 @@ struct Consumer {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             const uint32_t token = t * COLUMN_TOKENS + lane % 4;
-            if (token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
+            // With two tiles `tokens` is a spilled register; nobody reads the sums of tokens that are not there.
+            if (TILES > 1 || token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8);
@@ -117,27 +119,26 @@ struct Consumer {
             w[i] = b[i] = make_float2(0.f, 0.f);
             if (i < units) w[i] = load_here(weight + e), b[i] = load_here(bias + e);
         }
-        ulonglong2 r[WARP_UNITS];
+        ulonglong2 r[WARP_UNITS];  // what is complete is not asked for again
+        const uint32_t none = opaque(count ^ 1), present = opaque(units);
+#pragma unroll
+        for (int i = 0; i < WARP_UNITS; i++) r[i].x = r[i].y = i < present ? none : count;
+        const auto differs = [&](const ulonglong2& v) { return (((uint32_t)v.x ^ count) | ((uint32_t)v.y ^ count)) & 255; };
         const auto load = [&] {
             uint32_t odd = 0;
 #pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++) {
-                r[i] = make_ulonglong2(count, count);
-                if (i < units) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
-            }
+            for (int i = 0; i < WARP_UNITS; i++)
+                if (differs(r[i])) r[i] = load_relaxed(reinterpret_cast<const ulonglong2*>(mine + i * UNIT_INPUTS + 2 * lane));
 #pragma unroll
-            for (int i = 0; i < WARP_UNITS; i++) odd |= ((uint32_t)r[i].x ^ count) | ((uint32_t)r[i].y ^ count);
-            return (odd & 255) == 0;
+            for (int i = 0; i < WARP_UNITS; i++) odd |= differs(r[i]);
+            return odd == 0;
         };
         const auto glance = [&] { return lane >= units || (load_relaxed(mine + lane * UNIT_INPUTS + UNIT_INPUTS - 1) & 255) == count; };
         poll(p, Awaited::RESIDUAL, layer, glance, load);
         float v[2 * WARP_UNITS];
 #pragma unroll
-        for (int i = 0; i < WARP_UNITS; i++) {
-            v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
-            if (i >= units) v[2 * i] = v[2 * i + 1] = 0.f;
-        }
-        const float2 moments = all_moments(layer, v);
+        for (int i = 0; i < WARP_UNITS; i++) v[2 * i] = residual_value(r[i].x), v[2 * i + 1] = residual_value(r[i].y);
+        const float2 moments = all_moments(layer, v, residual_value(count));
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
             pairs[i] = as_u32(__floats2half2_rn((v[2 * i] - moments.x) * moments.y * w[i].x + b[i].x,
@@ -145,20 +146,22 @@ struct Consumer {
     }
 
     // Mean and 1 / standard deviation of a token whose inputs the consumers hold. Each warp's squares are about the warp's own mean;
-    // they are joined as Chan et al. (1979) do it, by each lane for itself: a tree of shuffles takes longer.
-    __device__ __forceinline__ float2 all_moments(uint32_t layer, const float v[2 * WARP_UNITS]) {
+    // they are joined as Chan et al. (1979) do it, by each lane for itself: a tree of shuffles takes longer. Inputs of units that are not
+    // there are `absent`, and taken off the sums: a condition each would be a predicate each, which ptxas spills.
+    __device__ __forceinline__ float2 all_moments(uint32_t layer, const float v[2 * WARP_UNITS], float absent) {
         float sum = 0.f, squares = 0.f;
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) sum += v[2 * i] + v[2 * i + 1];
 #pragma unroll
         for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
         const bool last = warp() + 1 == p.owners;
-        const float own_mean = sum * (last ? p.last_share : 1.f / (WARP_UNITS * UNIT_INPUTS));  // 0 in a warp without units
+        const float missing = WARP_UNITS * UNIT_INPUTS - p.inputs[warp()];
+        const float own_mean = (sum - missing * absent) * (last ? p.last_share : 1.f / (WARP_UNITS * UNIT_INPUTS));
 #pragma unroll
-        for (int i = 0; i < 2 * WARP_UNITS; i++)
-            if (i / 2 < units()) squares += (v[i] - own_mean) * (v[i] - own_mean);
+        for (int i = 0; i < 2 * WARP_UNITS; i++) squares += (v[i] - own_mean) * (v[i] - own_mean);
 #pragma unroll
         for (int step = 16; step; step /= 2) squares += __shfl_xor_sync(~0u, squares, step);
+        squares -= missing * (absent - own_mean) * (absent - own_mean);
         const uint32_t parts = address(shared.moments[0][0]) + layer % 2 * sizeof(shared.moments[0]);  // the others may still be read
         if (lane() == 0) store_shared8(parts + warp() * sizeof(float2), __float_as_uint(own_mean), __float_as_uint(squares));
         consumers_sync();
@@ -176,8 +179,8 @@ struct Consumer {
         return make_float2(mean, rsqrtf(all_squares * p.hidden_share + p.epsilon));
     }
 
-    // Where a lane's pair of the norm goes, in words of a unit, so that lane q finds its eight words together: see `fetch`.
-    __device__ __forceinline__ uint32_t place() const { return lane() % 4 * 8 + lane() / 8 * 2 + lane() / 4 % 2; }
+    // Where a lane's pair of the norm goes, in words of a unit, as `fetch` wants it.
+    __device__ __forceinline__ uint32_t place() const { return lane() / 16 * 16 + lane() % 4 * 4 + lane() / 8 % 2 * 2 + lane() / 4 % 2; }
 
     // Several tokens' norms after `layer` layers: blocks that computed all for themselves, as with one token, would read 36 KB for each.
     // Instead one block a token does, and publishes what all others read.
@@ -197,21 +200,44 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++) store_shared4(own_inputs() + i * 128 + place() * 4, pairs[i]);
         __syncwarp();
-        const uint32_t from = own_inputs() + lane() % 4 * 32;
+        const uint32_t from = own_inputs() + lane() % 4 * 16;
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 16);
+                *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 64);
     }
-    // x = this warp's inputs.
+    // x = this warp's inputs, `stride` f16 a token. All are asked for together: each trip through L2 is a microsecond.
     __device__ __forceinline__ void take(const uint16_t* activations, uint32_t stride, uint32_t layer) {
+        const uint32_t units = this->units();
+        const uint16_t* from[TILES];  // in place of a token that is not there another one's
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            Words w;
-            fetch(w, p, activations, stride, t * COLUMN_TOKENS + lane() / 8, tokens, first(), units(), layer);
-            x.set(t, w, lane());
-        }
+        for (int t = 0; t < TILES; t++)
+            from[t] = activations + min(t * COLUMN_TOKENS + lane() / 8, tokens - 1) * stride + first() * UNIT_INPUTS + lane() % 8 * 8;
+        uint4 w[TILES][WARP_UNITS];
+        const auto load = [&] {
+            bool complete = true;
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int i = 0; i < WARP_UNITS; i++)
+                    w[t][i] = load_relaxed(reinterpret_cast<const uint4*>(from[t] + min(i, units - 1) * UNIT_INPUTS));
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+#pragma unroll
+                for (int i = 0; i < WARP_UNITS; i++) complete &= ready(w[t][i]);
+            return complete;
+        };
+        const auto glance = [&] {
+            bool complete = true;
+#pragma unroll
+            for (int t = 0; t < TILES; t++)
+                complete &= load_relaxed(reinterpret_cast<const uint32_t*>(from[t] + (units - 1) * UNIT_INPUTS)) != NOT_READY;
+            return complete;
+        };
+        poll(p, Awaited::WIDE, layer, glance, load);
+#pragma unroll
+        for (int t = 0; t < TILES; t++) x.set(t, w[t], lane());
         x.add_up(lane());
     }
     // x = this warp's inputs of the one token.
@@ -303,7 +329,7 @@ struct Consumer {
                 publish_norm(residual, weight, bias, l);
                 consumers_sync();  // as with one token: no warp is a layer ahead of another
             }
-            if (last) break;
+            if (opaque(l) == p.layers) break;
             if (warp() >= p.owners) continue;  // no units: of use to the norm's barrier alone
             const uint16_t* wide = p.wide + l % TURNS * p.wide_turn;
 #pragma unroll 1

@@ -20,18 +20,23 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.875 ms a token: 4111 MB at the 4.70 TB/s an H200 reads at best.
-// Measured  (H200, steps back to back in a graph, both kernels in turn in one run; SM clock 1.80 GHz under this load, power near its cap)
-//           tokens at position       1 at 128   1 at 2040   2 at 128   4 at 128   4 at 2040   8 at 128   8 at 2040
-//           before, ms                  1.074       1.130      1.135      1.165       1.635      1.53        2.32
-//           norm by pairs, one pass
-//           of the storer               1.066       1.088      1.125      1.170       1.700      1.44        2.29
-//           Not timed: the storer's rows interleaved, `glance` first (alone: 1.082 at 2040, 4 tokens 1.157), the list of runs.
-//           From ids to ids in the program: 934 tokens/s before these, sampling included.
-// Bound     A layer is 28.8 us: 17 strips that stream at 1.15 us each (4.43 TB/s: the ceiling), and a chain of 9.3 us from the arrival of
-//           the last strip of the slowest block to the first strip of the next layer, while the ring's 5 strips arrive: multiply 0.5,
-//           add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9. A block has 20 to 22 strips a layer, 21.6 on average: those with 22
-//           wait for x 3.9 us, with 21 5.1, with 20 5.9. 0.48 us a layer would be won if all had the same.
-//           8 tokens: a strip takes 1.0 us; a third of it was waiting for the storer before its sums came in one pass.
+// Measured  (H200, `cargo bench --bench kernels decode_step`, versions in turn in one run; cards differ by 1.5 %, and all run near their
+//           power cap: compare within a line)
+//           tokens at position                            1 at 128   1 at 2047   8 at 128   8 at 1024
+//           before, ms                                       1.066       1.094      1.405       1.86
+//           whole sectors a read of inputs                   1.060       1.096      1.413       1.87
+//           all inputs of 8 tokens in one trip (other card)  1.072       1.095      1.305       1.81
+//           no glance between tries, fewer spills            1.072       1.082      1.317       1.81
+//           producer: nothing between a copy's arrival and the next, on a third card:
+//                                            before          1.060       1.089      1.290
+//                                            after           1.012       1.027      1.283
+//           The program, from ids to ids, is within 0.2 % of these: sampling included.
+// Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
+//           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
+//           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
+//           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
+//           some 80 instructions less there are 4.5 % of a step.
+//           8 tokens: bound by the consumers, some 280 instructions a strip and warp.
 // Tried     (ms a step, 1 token at 128)
 //           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
 //           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
@@ -42,6 +47,13 @@
 //           issue slots of the consumers and attention beside it; with groups of two warps, six lanes                1.168
 //           two copies in flight in parts of a layer that no join follows at once                           1.075 to 1.13 (against 1.065)
 //           weights to come into L2 while the ring is full: 3 strips 1.135, kept ahead all the time 1.27: the joins' words queue behind
+//           runs of [down | dense] cut between groups, so that shares are even to a third of a strip: 1.095 (against 1.072); even in whole
+//           strips, 21 or 22 instead of 20 to 22: 1.087. Most of it is the longer way of the producer: 1.084 with today's shares. Not tried
+//           since that way has become short
+//           inputs asked for without a glance first: 8 tokens 1.36 (against 1.325), 1 token the same
+//           a stage in two copies with a barrier each, two halves under way in turn: 1.030 (against 1.028)
+//           the words of the next strip in registers ahead of its inputs: 1.026 (against 1.028), but at 2047 1.057 (against 1.046)
+//           the producer asks its barrier by test_wait instead of try_wait: the same
 //           before bytes (against 1.113):
 //           three runs of [down | dense] with inputs asked for ahead by cp.async     1.176: more joins than it saved, more registers
 //           unpacking by mul.hi on the FMA pipe instead of shifts                    1.201
@@ -56,9 +68,10 @@
 //           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
 //           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
 //           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
-// Next      Thirds of strips for the blocks with fewer; moments applied to sums, so that products begin before the norm is complete; for 8
-//           tokens the conversion of inputs, 4 us a slice.
-// Spills    928 bytes: most in attention, once an item, and the norm, once a layer; none in loops over strips.
+// Next      Moments applied to sums, so that products begin before the norm is complete; shares even to a third again; for 8 tokens fewer
+//           instructions a strip.
+// Spills    104 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
+//           layer's first with one token.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"
@@ -92,9 +105,9 @@ struct StoreWide {
     const Args& p;
     uint32_t layer;
     __device__ __forceinline__ void operator()(uint32_t m, uint32_t head, uint32_t q, const uint32_t words[8]) const {
-        uint16_t* to = p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q * 4;
+        uint16_t* to = p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q / 2 * 32 + q % 2 * 4;
 #pragma unroll
-        for (int i = 0; i < 4; i++) store_relaxed(to + i * 16, words[i], words[i + 4]);
+        for (int i = 0; i < 4; i++) store_relaxed(to + i * 8, words[i], words[i + 4]);
     }
 };
 

@@ -57,8 +57,8 @@ struct Storer {
             store_relaxed(p.qkv + layer % TURNS * p.qkv_turn + m * p.qkv_size + first + row, pair);
         } else {
             const uint32_t r = first - p.qkv_size;
-            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + r / UNIT_INPUTS * UNIT_INPUTS + r % UNIT_INPUTS / 4 +
-                              row % 8 * 8 + row / 8 * 2, pair);
+            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + r / 32 * 32 + r % 32 / 4 + row % 8 * 4 +
+                              row / 8 * 2, pair);
         }
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums

@@ -53,27 +53,27 @@ struct FixedInputs {
     float step[TILES];    // of token q, 4 + q
     uint32_t sums[2];     // of v / 64 as B operand of m16n8k16: column 2 t is token t, 2 t + 1 token 4 + t; and what f16 left out
 
-    // Tile t from f16: w[i] is what column g's token has at k 16 s + 8 h + 2 q, + 1 of unit i, at 2 s + h. Units beyond the warp's have
-    // codes and scales of zero: their inputs do not matter, as long as they are not larger than the others.
-    __device__ __forceinline__ void set(int t, const uint32_t (&w)[UNITS][2 * STEPS], uint32_t lane) {
+    // Tile t from f16: the lanes of a token's two columns have one half of each unit, steps 2 p and 2 p + 1 of the column of plane p: w[i]
+    // is the words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts them to both planes, keeps its own and gives the
+    // other one away. Units beyond the warp's have codes and scales of zero: their inputs do not matter, as long as they are not
+    // larger than the others.
+    __device__ __forceinline__ void set(int t, const uint4 (&w)[UNITS], uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
-#pragma unroll
-            for (int j = 0; j < 2 * STEPS; j++) top = most(top, w[i][j]);
+        for (int i = 0; i < UNITS; i++) top = most(most(most(most(top, w[i].x), w[i].y), w[i].z), w[i].w);
         uint32_t bits = bits_of(top);
-        bits = max(bits, __shfl_xor_sync(~0u, bits, 1)), bits = max(bits, __shfl_xor_sync(~0u, bits, 2));
+#pragma unroll
+        for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
         const float largest = __uint_as_float(bits), inverse = inverse_of(largest);
         const bool low = lane / 4 % 2;
-        const uint32_t pick = low ? 0x40 : 0x51, flip = low ? 0x80808080u : 0;
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
 #pragma unroll
-            for (int s = 0; s < STEPS; s++) {
-                const float2 x = __half22float2(as_half2(w[i][2 * s])), y = __half22float2(as_half2(w[i][2 * s + 1]));
-                const uint32_t first = __byte_perm(as_fixed(x.x, inverse), as_fixed(y.x, inverse), pick);
-                const uint32_t next = __byte_perm(as_fixed(x.y, inverse), as_fixed(y.y, inverse), pick);
-                b[t][i][s] = __byte_perm(first, next, 0x5410) ^ flip;
+            for (int s = 0; s < 2; s++) {
+                uint32_t high, rest;
+                both(s ? w[i].z : w[i].x, s ? w[i].w : w[i].y, inverse, high, rest);
+                const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
+                b[t][i][s] = low ? other : own, b[t][i][2 + s] = low ? own : other;
             }
         step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
     }
@@ -81,18 +81,19 @@ struct FixedInputs {
     // them through `bytes`, the shared address of two planes of UNITS * 64 bytes: high bytes and low ones, in the order of the codes.
     // With more tokens `set` has fewer instructions. The bits are the same.
     //
-    // From memory: piece c = lane + 32 i is the eight f16 from 8 c on.
+    // From memory: piece lane + 32 i is as many chunks of eight f16 on, which are s / 2 and q of a unit in this order.
     __device__ __forceinline__ void set_one(const uint4 (&pieces)[PIECES], uint32_t bytes, uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) top = most(most(most(most(top, pieces[i].x), pieces[i].y), pieces[i].z), pieces[i].w);
         const float inverse = scale_of_one(top);
+        const uint32_t to = bytes + lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            const uint32_t c = lane + 32 * i;
             uint32_t high[2], low[2];
             both(pieces[i].x, pieces[i].y, inverse, high[0], low[0]), both(pieces[i].z, pieces[i].w, inverse, high[1], low[1]);
-            if (c < UNITS * 8) store_shared8(bytes + c * 8, high[0], high[1]), store_shared8(bytes + UNITS * 64 + c * 8, low[0], low[1]);
+            if (lane + 32 * i < UNITS * 8)
+                store_shared8(to + i * 256, high[0], high[1]), store_shared8(to + UNITS * 64 + i * 256, low[0], low[1]);
         }
         take_planes(bytes, lane);
     }

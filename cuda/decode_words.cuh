@@ -79,16 +79,14 @@ enum class Awaited : uint32_t { RESIDUAL, WIDE, QKV };
     __builtin_unreachable();
 }
 
-// Calls `load` until all lanes say that what they loaded is complete; before each try `glance` looks at a few words of it, since polling
-// for all would be traffic in the way of those who write it.
+// Calls `load` until all lanes say that what they loaded is complete; before that `glance` until a few words of it are there, since
+// polling for all would be traffic in the way of those who write it.
 template <typename Glance, typename Load>
 __device__ __forceinline__ void poll(const DecodeStepParams& p, Awaited what, uint32_t layer, Glance glance, Load load) {
     uint32_t tries = 0;
-    do {
-        while (!__all_sync(~0u, glance()))
-            if (tries++ == p.patience) give_up(p, what, layer);
-    } while (!__all_sync(~0u, load()) && tries++ != p.patience);
-    if (tries > p.patience) give_up(p, what, layer);
+    while (!__all_sync(~0u, glance()) && tries != p.patience) tries++;
+    while (!__all_sync(~0u, load()) && tries != p.patience) tries++;
+    if (tries == p.patience) give_up(p, what, layer);
 }
 
 }  // namespace
