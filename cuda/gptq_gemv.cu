@@ -18,6 +18,7 @@
 //          before, ms                1.555       1.622      1.576      1.663      1.823
 //          now                       1.209       1.353      1.252      1.440      1.685     (norms of 4 and 8 hold up blocks)
 //          groups of 32 with zero points: 1.984 and 2.161 at 1 and 8 tokens before, 1.328 and 1.921 now.
+//          Forced to the code of sm_80, whose kernels do not overlap: 1.497 and 1.930 at 1 and 8 tokens, 1.700 and 1.957 before.
 //          Of a layer's 36 us at 1 token: twice 0.7 until the wait for the predecessor is over, 1.2 for the inputs, 8.4 for 11 strips, of
 //          which 5 are here, 2 until the successor's wait is over; attention 5.9, norm 5.1.
 // Tried    (the same step at 1 token, ms; 8 tokens) f16 codes by 16 warps with three stages and everything asked for at once: above.
