@@ -1,15 +1,20 @@
 // attn_decode — rotary positions, KV append and multi-query attention of a decode step's tokens, split over the context.
 // Reference: src/reference.rs::rope, attention
 // Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
-// Mapping  block (chunk, head tile, token) = one warp with one item of attn_decode.cuh: 16 heads of a token against 128 keys. The grid
-//          covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+// Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
+//          fewer where the context is short. Their states are joined in shared memory, those of more than 512 keys through global
+//          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+//          A block fits beside one of gptq_gemv or its like: it waits there for the queries.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
-//          queries, four rounds of scores, softmax and values, and the merge, which reads 4.6 KB a chunk with one warp.
-// Measured one token: 3.2 us at position 0, 5.3 at 127, 5.5 at 128, 6.8 at 1024, 8.8 at 2047. 8 tokens, of one slot or of eight: 6.0 at
-//          128, 10.0 at 1024, 14.9 at 2047. 64 slots at 1024: 22.9. H200, launches back to back, overlapping; before more than
-//          8 chunks (1024 keys) were merged in runs.
-// Tried    4 warps a block: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
+//          queries, up to four rounds of scores, softmax and values, and the merge.
+// Measured in a step of one kernel an op at position 128, while weights of the next product come in: 4.2 to 5.9 us where a warp an item
+//          took 7.6, 2.6 of them joining two chunks through global memory; the step 1.214 instead of 1.311 ms (1 token), 1.372 instead of
+//          1.364 at position 1000, where eight chunks were and two blocks are joined. Alone, in a row, one token: 4.5 us at 128, 7.1 at
+//          1024, 8.6 at 2047; 8 tokens: 10.0 at 1024. 5.8, 7.5, 9.1 and 11.0 before; H200.
+// Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
+//          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
+// Spills   8 bytes.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 
@@ -32,13 +37,43 @@ struct ToRows {
     }
 };
 
-__global__ void __launch_bounds__(32) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
+constexpr uint32_t WARPS = 4;
+constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a warp
+
+// Blocks that share the context of a token.
+__host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
+    return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
+}
+
+__global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
+    __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
     wait_previous();
     const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken token = attn_token(p, item.token, p.token[item.token]);
-    if (item.chunk >= attn_chunks(token.position)) return;
-    attn_decode_item(p, item, token, Plain(), ToRows{p.out, p.out_stride});
+    const AttnToken t = attn_token(p, item.token, p.token[item.token]);
+    const uint32_t blocks = blocks_of(t.position), warp = threadIdx.x / 32;
+    if (item.chunk >= blocks) return;
+    const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
+    const uint32_t first = (item.chunk * WARPS + warp) * own;
+    AttnState state;
+    if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
+    // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
+    static_assert(WARPS == 4, "no two joins use the same memory");
+    float4* own_state = states[warp % 2] + threadIdx.x % 32;
+#pragma unroll
+    for (uint32_t distance = WARPS / 2; distance; distance /= 2) {
+        if (warp >= distance && warp < 2 * distance) store_state(own_state, state);
+        __syncthreads();
+        if (warp < distance && first + distance * own < rounds) {
+            AttnQuads other;
+            const float4* from = states[(warp + distance) % 2] + threadIdx.x % 32;
+#pragma unroll
+            for (int i = 0; i < ATTN_STATE_QUADS; i++) other.quad[i] = from[i * 32];
+            merge(state, other);
+        }
+    }
+    if (warp > 0) return;
+    if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
 }
 
 }  // namespace
@@ -47,6 +82,6 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid(attn_chunks(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
-    return launch(attn_decode_kernel, grid, 32, 0, l, *p);
+    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
+    return launch(attn_decode_kernel, grid, WARPS * 32, 0, l, *p);
 }

@@ -259,13 +259,11 @@ __device__ __forceinline__ void load_queries(uint32_t a[4][4], const AttnDecodeP
     }
 }
 
-// The 16 heads of an item against its keys.
+// The 16 heads of an item against keys key0 .. end - 1 of its token; key0 is a multiple of ATTN_ROUND, end at most position + 1.
 template <typename Fetch>
-__device__ __forceinline__ void attend_chunk(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t,
-                                             const Fetch& fetch) {
+__device__ __forceinline__ void attend_keys(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t,
+                                            uint32_t key0, uint32_t end, const Fetch& fetch) {
     const AttnContext<Fetch> context = {p, item, t, fetch};
-    uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK;
-    const uint32_t end = min(key0 + PEREGRINE_ATTN_CHUNK, t.position + 1);
     const uint32_t cached_end = min(end, t.first_new) / ATTN_ROUND * ATTN_ROUND;
     uint32_t k[4][8], query[4][4];
     context.template load_keys<4, false>(k, key0 < cached_end ? key0 : t.first_new);
@@ -372,17 +370,9 @@ __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodePa
     return true;
 }
 
-// One item by one warp, all of whose lanes call it together; item.chunk < attn_chunks(t.position).
-//   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv; called by all lanes together, always on addresses
-//   inside qkv, also by a lane that has no use for what it gets.
-//   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; called by lanes that have the head.
-template <typename Fetch, typename Store>
-__device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,
-                                                 const Store& store) {
-    AttnState state;
-    attend_chunk(state, p, item, t, fetch);
-    const uint32_t chunks = attn_chunks(t.position);
-    if (chunks > 1 && !join_chunks(state, p, item, chunks)) return;
+// Normalises an item's heads and stores them; see attn_decode_item.
+template <typename Store>
+__device__ __forceinline__ void store_heads(const AttnState& state, const AttnDecodeParams& p, const AttnItem& item, const Store& store) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const uint32_t head = item.head_tile * ATTN_ROWS + threadIdx.x % 32 / 4 + r * 8;
@@ -395,4 +385,18 @@ __device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, cons
         }
         if (head < p.heads) store(item.token, head, threadIdx.x % 4, words);
     }
+}
+
+// One item by one warp, all of whose lanes call it together; item.chunk < attn_chunks(t.position).
+//   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv; called by all lanes together, always on addresses
+//   inside qkv, also by a lane that has no use for what it gets.
+//   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; called by lanes that have the head.
+template <typename Fetch, typename Store>
+__device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,
+                                                 const Store& store) {
+    AttnState state;
+    const uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK;
+    attend_keys(state, p, item, t, key0, min(key0 + PEREGRINE_ATTN_CHUNK, t.position + 1), fetch);
+    const uint32_t chunks = attn_chunks(t.position);
+    if (chunks == 1 || join_chunks(state, p, item, chunks)) store_heads(state, p, item, store);
 }

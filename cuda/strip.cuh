@@ -1,60 +1,166 @@
-// strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Used by gptq_gemv;
-// decode_step, which keeps its inputs for a whole phase, has decode_strip.cuh.
+// strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Used by gptq_gemv. The
+// arithmetic is decode_step's, and decode_strip.cuh draws its operands: inputs in 16-bit fixed point, as columns of high and of low bytes
+// of a product of bytes; codes by one mask for each of rows g and g + 8. Here a unit may have two scales, inputs come in the order of
+// memory, and zero points are subtracted unit by unit: zero point x sum of the inputs is an integer too.
 #pragma once
-#include "units.cuh"
+#include "decode_strip.cuh"
 
-// The inputs of UNITS units for up to 8 tokens as B operands of mma.m16n8k16: b[i][2 s], b[i][2 s + 1] for k16 step s of unit i. Lane l
-// holds token l / 4. offset[i][h]: what the zero point 8 (ZEROS: 1) takes from the unit's h-th run of 64 / SCALES inputs, for the tokens
-// 2 (l % 4), + 1 of this lane's accumulators, at the scale of rows g.
-template <int UNITS, int SCALES, bool ZEROS>
+__device__ __forceinline__ float2 load_shared8(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+
+// The inputs of UNITS units for 4 TILES tokens: b[t] are B operands of mma.m16n8k32. Lane l has column l / 4 of a tile, which is token
+// l / 8 of it, its high bytes in the even column, its low ones in the odd one.
+template <int UNITS, int TILES, int SCALES>
 struct StripInputs {
-    uint32_t b[UNITS][2 * STEPS];
-    float2 offset[UNITS][SCALES];
+    using Fixed = FixedInputs<UNITS, TILES>;
+    static constexpr int PIECES = Fixed::PIECES;
+    static constexpr int PLANE_BYTES = UNITS * UNIT_INPUTS;
+    static constexpr int SUM_BYTES = TILES * UNITS * SCALES * 32;
+    uint32_t b[TILES][UNITS][STEPS];
+    float step[TILES];  // of token l % 4
+    uint32_t sums;      // shared address of SUM_BYTES of the warp: sums of each column, [TILES][UNITS][SCALES][8] f32
 
-    // From b: a product with ones, whose rows are all the sums. The tensor core does it in a tenth of the instructions.
-    __device__ __forceinline__ void add_up() {
-        constexpr float ZERO = (ZEROS ? -1.f : -8.f) / CODE_LOW_SCALE;
-        constexpr uint32_t ONES[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
+    // The four tokens of tile t: the 8 lanes of a token have the 8 chunks of 8 inputs of each unit, zeros where there are none. Lanes q
+    // exchange words until each has its own of four chunks, converts them to both planes, keeps its column's and gives the other away.
+    __device__ __forceinline__ void set(int t, const uint4 (&chunks)[UNITS], uint32_t lane) {
+        uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
+        for (int i = 0; i < UNITS; i++) top = most_of(top, chunks[i]);
+        uint32_t bits = Fixed::bits_of(top);
 #pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                float c[2][4] = {};
+        for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
+        const float largest = __uint_as_float(bits), inverse = Fixed::inverse_of(largest);
+        const bool odd = lane % 2, upper = lane / 2 % 2, low = lane / 4 % 2;
 #pragma unroll
-                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) mma(c[s % 2], ONES, b[i][2 * s], b[i][2 * s + 1]);
-                offset[i][h] = make_float2(ZERO * (c[0][0] + c[1][0]), ZERO * (c[0][1] + c[1][1]));
+        for (int i = 0; i < UNITS; i++) {
+            const uint4 v = chunks[i];
+            const uint32_t x = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1), y = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
+            const uint32_t w[4] = {odd ? x : v.x, odd ? v.y : x, odd ? y : v.z, odd ? v.w : y};
+            const uint32_t z = __shfl_xor_sync(~0u, upper ? w[0] : w[2], 2), u = __shfl_xor_sync(~0u, upper ? w[1] : w[3], 2);
+            const uint32_t even[2] = {upper ? z : w[0], upper ? w[2] : z}, next[2] = {upper ? u : w[1], upper ? w[3] : u};
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                uint32_t high, rest;
+                Fixed::both(even[s], next[s], inverse, high, rest);
+                const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
+                b[t][i][s] = low ? other : own, b[t][i][2 + s] = low ? own : other;
             }
+        }
+        step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
+    }
+    // One token alone, with the same bits: chunk c = lane + 32 i of eight inputs. Each lane has a part of it, and the bytes reach the lanes
+    // of its columns through `planes`, a shared address of 2 PLANE_BYTES of the warp: high bytes, low bytes.
+    __device__ __forceinline__ void set_one(const uint4 (&chunks)[PIECES], uint32_t planes, uint32_t lane) {
+        uint32_t top = 0;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) top = most_of(top, chunks[i]);
+        const float largest = __uint_as_float(__reduce_max_sync(~0u, Fixed::bits_of(top))), inverse = Fixed::inverse_of(largest);
+        // Two lanes have the halves of a k16 step: the even one makes the words of lanes q = 0 and 1, the odd one those of 2 and 3.
+        const bool odd = lane % 2;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            const uint4& v = chunks[i];
+            const uint32_t first = __shfl_xor_sync(~0u, odd ? v.x : v.z, 1), second = __shfl_xor_sync(~0u, odd ? v.y : v.w, 1);
+            uint32_t high[2], low[2];
+            Fixed::both(odd ? first : v.x, odd ? v.z : first, inverse, high[0], low[0]);
+            Fixed::both(odd ? second : v.y, odd ? v.w : second, inverse, high[1], low[1]);
+            const uint32_t c = lane + 32 * i, to = planes + c / 8 * UNIT_INPUTS + c % 2 * 32 + c / 2 % 4 * 4;
+            if (c < UNITS * 8) {
+                store_shared4(to, high[0]), store_shared4(to + 16, high[1]);
+                store_shared4(to + PLANE_BYTES, low[0]), store_shared4(to + PLANE_BYTES + 16, low[1]);
+            }
+        }
+        __syncwarp();
+        const uint32_t own = planes + lane / 4 % 2 * PLANE_BYTES + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) {
+            const uint4 v = lane < 8 ? load_shared16(own + i * UNIT_INPUTS) : make_uint4(0, 0, 0, 0);
+            b[0][i][0] = v.x, b[0][i][1] = v.y, b[0][i][2] = v.z, b[0][i][3] = v.w;
+        }
+        __syncwarp();
+        step[0] = largest * (1.f / FIXED_MOST);
+    }
+    static __device__ __forceinline__ uint32_t most_of(uint32_t top, const uint4& v) {
+        return Fixed::most(Fixed::most(Fixed::most(Fixed::most(top, v.x), v.y), v.z), v.w);
+    }
+    // Where this lane's two columns of accumulators have the sums of a unit, or of half of it.
+    __device__ __forceinline__ uint32_t sums_of(int t, int i, int h, uint32_t lane) const {
+        return sums + ((t * UNITS + i) * SCALES + h) * 32 + lane % 4 * 8;
+    }
+    // After the last token: `sums`, by products with ones.
+    __device__ __forceinline__ void add_up(uint32_t lane) {
+        constexpr uint32_t ONES[4] = {0x01010101, 0, 0x01010101, 0};
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int i = 0; i < UNITS; i++) {
+                uint32_t c[SCALES][4] = {};
+#pragma unroll
+                for (int h = 0; h < 2; h++) mma_bytes(c[h % SCALES], ONES, b[t][i][2 * h], b[t][i][2 * h + 1]);
+#pragma unroll
+                for (int h = 0; h < SCALES; h++) {
+                    const float even = __int2float_rn((int)c[h][0]), odd = __int2float_rn((int)c[h][1]);
+                    if (lane < 4) store_shared8(sums_of(t, i, h, lane), __float_as_uint(even), __float_as_uint(odd));
+                }
+            }
+        __syncwarp();
     }
 };
 
-// acc[16 rows x 8 tokens] += one unit * x, with rows g and g + 8 each at their power of two. Two chains of mma for a scale's inputs, not
-// one: a chain is waited for 33 cycles a link, and the compiler puts one unit's behind the other's. The zero points' share is where
-// a chain begins.
-template <int UNITS, int SCALES, bool ZEROS>
-__device__ __forceinline__ void multiply_unit(float acc[4], const uint8_t* unit, const StripInputs<UNITS, SCALES, ZEROS>& x, int i,
-                                              uint32_t lane) {
-    const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
-    const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+// sum[t][0], [1]: rows g, g + 8 of token l % 4 of tile t, of `units` (a shared address) times x.
+template <bool ZEROS, int UNITS, int TILES, int SCALES>
+__device__ __forceinline__ void multiply_part(float (&sum)[TILES][2], uint32_t units, const StripInputs<UNITS, TILES, SCALES>& x,
+                                               uint32_t lane) {
+    // Units whose products run side by side, and units whose codes are loaded ahead.
+    constexpr int BYTES = unit_bytes<SCALES, ZEROS>(), SIDE = 3, AHEAD = TILES == 1 ? UNITS : SIDE;
+    static_assert(UNITS % SIDE == 0, "no unit is left over");
+    const uint32_t q = units + UNIT_CODE_BYTES + lane / 4 * 4;
+    uint4 codes[UNITS];
+    float acc[TILES][4] = {};  // high and low bytes of rows g, then of rows g + 8
 #pragma unroll
-    for (int h = 0; h < SCALES; h++) {
-        const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
-        const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(q));
-        const float2 zero =
-            ZEROS ? __half22float2(*reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES)) : make_float2(1.f, 1.f);
-        constexpr float RATIO = CODE_LOW_SCALE / CODE_HIGH_SCALE;
-        const float2 low = x.offset[i][h], high = make_float2(low.x * RATIO, low.y * RATIO);
-        float c[2][4] = {{zero.x * low.x, zero.x * low.y, zero.y * high.x, zero.y * high.y}, {0.f, 0.f, 0.f, 0.f}};
+    for (int i = 0; i < AHEAD; i++) codes[i] = load_shared16(units + i * BYTES + lane * 16);
 #pragma unroll
-        for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) {
-            uint32_t a[4];
-            unpack_subnormal(words[s], a);
-            mma(c[s % 2], a, x.b[i][2 * s], x.b[i][2 * s + 1]);
-        }
-        acc[0] += scale.x * (c[0][0] + c[1][0]), acc[2] += scale.y * (c[0][2] + c[1][2]);
-        acc[1] += scale.x * (c[0][1] + c[1][1]), acc[3] += scale.y * (c[0][3] + c[1][3]);
+    for (int i = 0; i < UNITS; i += SIDE) {
+        uint32_t c[SIDE][TILES][SCALES][4];
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int n = 0; n < SIDE; n++) {
+                const uint32_t v = h ? codes[i + n].z : codes[i + n].x, w = h ? codes[i + n].w : codes[i + n].y;
+                const uint32_t a[4] = {v & 0x0f0f0f0fu, v & 0xf0f0f0f0u, w & 0x0f0f0f0fu, w & 0xf0f0f0f0u};
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    uint32_t(&own)[4] = c[n][t][h % SCALES];
+                    if (h < SCALES) own[0] = own[1] = own[2] = own[3] = FLOAT_ZERO;
+                    mma_bytes(own, a, x.b[t][i + n][2 * h], x.b[t][i + n][2 * h + 1]);
+                }
+            }
+        if (i + AHEAD < UNITS)
+#pragma unroll
+            for (int n = i + AHEAD; n < i + AHEAD + SIDE; n++) codes[n] = load_shared16(units + n * BYTES + lane * 16);
+#pragma unroll
+        for (int n = 0; n < SIDE; n++)
+#pragma unroll
+            for (int h = 0; h < SCALES; h++) {
+                const uint32_t at = q + (i + n) * BYTES + h * UNIT_SCALE_BYTES;
+                const float2 scale = __half22float2(as_half2(load_shared4(at)));
+                const float2 zero = ZEROS ? __half22float2(as_half2(load_shared4(at + SCALES * UNIT_SCALE_BYTES))) : make_float2(8.f, 8.f);
+#pragma unroll
+                for (int t = 0; t < TILES; t++) {
+                    const float2 columns = load_shared8(x.sums_of(t, i + n, h, lane));
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const float less = __fmaf_rn(j < 2 ? zero.x : 16.f * zero.y, j % 2 ? columns.y : columns.x, FLOAT_ZERO_VALUE);
+                        acc[t][j] = __fmaf_rn(j < 2 ? scale.x : scale.y, __uint_as_float(c[n][t][h][j]) - less, acc[t][j]);
+                    }
+                }
+            }
     }
-}
-// Undoes the powers of two of a strip's sums.
-__device__ __forceinline__ void scale_rows(float acc[4]) {
-    acc[0] *= CODE_LOW_SCALE, acc[1] *= CODE_LOW_SCALE, acc[2] *= CODE_HIGH_SCALE, acc[3] *= CODE_HIGH_SCALE;
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) sum[t][r] = __fmaf_rn(acc[t][2 * r], 256.f, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f) * x.step[t];
 }
