@@ -12,6 +12,9 @@
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
 #include "launch.cuh"
 #include "attn_decode.cuh"
+#ifndef ATTN_WORKERS
+#define ATTN_WORKERS 528u
+#endif
 
 namespace {
 
@@ -32,13 +35,53 @@ struct ToRows {
     }
 };
 
-__global__ void __launch_bounds__(32) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
+// Lane l knows the call's tokens l and l + 32. Past L1, which may hold what was there before the predecessor ended.
+struct Tokens {
+    uint4 low, high;
+    __device__ __forceinline__ explicit Tokens(const AttnDecodeParams& p) {
+        const uint4* token = reinterpret_cast<const uint4*>(p.token);
+        const uint32_t lane = threadIdx.x;
+        low = __ldcg(token + min(lane, p.tokens - 1)), high = __ldcg(token + min(lane + 32, p.tokens - 1));
+    }
+    __device__ __forceinline__ uint32_t chunks(const AttnDecodeParams& p) const {
+        return __reduce_max_sync(~0u, attn_chunks(min(max(low.y, high.y), p.max_context - 1)));
+    }
+    __device__ __forceinline__ AttnToken operator()(const AttnDecodeParams& p, uint32_t m) const {
+        const auto word = [m](uint32_t low, uint32_t high) { return __shfl_sync(~0u, m < 32 ? low : high, m % 32); };
+        return attn_token(p, m, {0, word(low.y, high.y), word(low.z, high.z), word(low.w, high.w)});
+    }
+};
+
+// Worker i of n takes items i, i + n, ...: chunk by chunk, so that the first ones are spread over all workers.
+__device__ __forceinline__ AttnItem attn_item(const AttnDecodeParams& p, uint32_t i) {
+    const uint32_t tiles = attn_head_tiles(p.heads);
+    return {i / tiles % p.tokens, i % tiles, i / (tiles * p.tokens)};
+}
+
+// Asks L2 for the keys and values of the worker's first item. What is read of tokens before the predecessor has ended may be wrong, and
+// then is of no use, but nothing else.
+__device__ __forceinline__ void prefetch_item(const AttnDecodeParams& p) {
+    const AttnItem item = attn_item(p, blockIdx.x);
+    const AttnToken token = Tokens(p)(p, item.token);
+    const size_t first = (size_t)token.slot * p.max_context;
+    for (uint32_t key = item.chunk * PEREGRINE_ATTN_CHUNK + threadIdx.x; key < min((item.chunk + 1) * PEREGRINE_ATTN_CHUNK, token.position);
+         key += 32) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.k_cache + (first + key) * HEAD_DIM));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + (first + key) * HEAD_DIM));
+    }
+}
+
+__global__ void __launch_bounds__(32, 12) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
+    prefetch_item(p);
     wait_previous();
-    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken token = attn_token(p, item.token, p.token[item.token]);
-    if (item.chunk >= attn_chunks(token.position)) return;
-    attn_decode_item(p, item, token, Plain(), ToRows{p.out, p.out_stride});
+    for (uint32_t i = blockIdx.x;; i += gridDim.x) {
+        const Tokens tokens(p);
+        const AttnItem item = attn_item(p, i);
+        if (item.chunk >= tokens.chunks(p)) return;
+        const AttnToken token = tokens(p, item.token);
+        if (item.chunk < attn_chunks(token.position)) attn_decode_item<true>(p, item, token, Plain(), ToRows{p.out, p.out_stride});
+    }
 }
 
 }  // namespace
@@ -47,6 +90,6 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid(attn_chunks(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
-    return launch(attn_decode_kernel, grid, 32, 0, l, *p);
+    const uint32_t items = attn_chunks(p->max_context - 1) * attn_head_tiles(p->heads) * p->tokens;
+    return launch(attn_decode_kernel, dim3(min(items, ATTN_WORKERS)), 32, 0, l, *p);
 }

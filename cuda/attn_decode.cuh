@@ -189,48 +189,57 @@ __device__ __forceinline__ void add_values(AttnState& state, const uint32_t a[4]
     }
 }
 
-// 32 keys that are all cached. `k` holds them, and afterwards those at `next`. The fence is there for the compiler, which would else ask
-// for the next keys while all values are still under way, and run out of registers.
-template <typename Fetch>
+// 32 keys that are all cached. `k` holds them, and afterwards those at `next`. DEEP asks for all it can early, in some 160 registers.
+// Otherwise the fence is there for the compiler, which would else ask for the next keys while all values are still under way.
+template <bool DEEP, typename Fetch>
 __device__ __forceinline__ void attend_cached(AttnState& state, const uint32_t query[4][4], uint32_t k[4][8],
                                               const AttnContext<Fetch>& context, uint32_t key0, uint32_t next) {
     const uint32_t last[2] = {context.t.position, context.t.position};
     uint4 v[2][4];
     context.template load_values<true>(v[0], key0);
+    if (DEEP) context.template load_values<true>(v[1], key0 + 16);
     float score[4][4];
 #pragma unroll
     for (int j = 0; j < 4; j++) score_keys(score[j], query, k[j]);
-    context.template load_values<true>(v[1], key0 + 16);
+    if (DEEP) context.template load_keys<4, true>(k, next);
+    else context.template load_values<true>(v[1], key0 + 16);
     soften<4, false>(state, score, key0, last);
     uint32_t a[2][4];
     weights_of(a[0], score, 0), weights_of(a[1], score, 1);
     add_values(state, a[0], v[0]);
-    asm volatile("fence.acq_rel.cta;" ::: "memory");  // for the compiler alone, see above
-    context.template load_keys<4, true>(k, next);
+    if (!DEEP) {
+        asm volatile("fence.acq_rel.cta;" ::: "memory");  // for the compiler alone, see above
+        context.template load_keys<4, true>(k, next);
+    }
     add_values(state, a[1], v[1]);
 }
 
 // 32 keys some of which are in qkv, or beyond the token. What is beyond has no weight: zeros stand for it.
-template <typename Fetch>
+template <bool DEEP, typename Fetch>
 __device__ __forceinline__ void attend_new(AttnState& state, const uint32_t query[4][4], const AttnContext<Fetch>& context,
                                            uint32_t key0) {
     const uint32_t last[2] = {context.t.position, context.t.position};
     float score[4][4];
+    uint4 v[2][4];
+    uint32_t k[4][8];
+    if (DEEP) {
+        context.template load_keys<4, false>(k, key0);
+        context.template load_values<false>(v[0], key0);
+        context.template load_values<false>(v[1], key0 + 16);
+    }
 #pragma unroll
     for (int s = 0; s < 2; s++) {
-        uint32_t k[2][8];
-        context.template load_keys<2, false>(k, key0 + s * 16);
-        context.add_new_keys(k[0], key0 + s * 16);
-        context.add_new_keys(k[1], key0 + s * 16 + 8);
-        score_keys(score[2 * s], query, k[0]), score_keys(score[2 * s + 1], query, k[1]);
+        if (!DEEP) context.template load_keys<2, false>(k + 2 * s, key0 + s * 16);
+        context.add_new_keys(k[2 * s], key0 + s * 16);
+        context.add_new_keys(k[2 * s + 1], key0 + s * 16 + 8);
+        score_keys(score[2 * s], query, k[2 * s]), score_keys(score[2 * s + 1], query, k[2 * s + 1]);
     }
-    uint4 v[2][4];
-    context.template load_values<false>(v[0], key0);
+    if (!DEEP) context.template load_values<false>(v[0], key0);
     soften<4, true>(state, score, key0, last);
     uint32_t a[2][4];
     weights_of(a[0], score, 0), weights_of(a[1], score, 1);
     context.add_new_values(v[0], key0);
-    context.template load_values<false>(v[1], key0 + 16);
+    if (!DEEP) context.template load_values<false>(v[1], key0 + 16);
     add_values(state, a[0], v[0]);
     context.add_new_values(v[1], key0 + 16);
     add_values(state, a[1], v[1]);
@@ -260,7 +269,7 @@ __device__ __forceinline__ void load_queries(uint32_t a[4][4], const AttnDecodeP
 }
 
 // The 16 heads of an item against its keys.
-template <typename Fetch>
+template <bool DEEP, typename Fetch>
 __device__ __forceinline__ void attend_chunk(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t,
                                              const Fetch& fetch) {
     const AttnContext<Fetch> context = {p, item, t, fetch};
@@ -274,10 +283,10 @@ __device__ __forceinline__ void attend_chunk(AttnState& state, const AttnDecodeP
 #pragma unroll 1
     for (; key0 < cached_end; key0 += ATTN_ROUND) {
         const uint32_t next = key0 + ATTN_ROUND;
-        attend_cached(state, query, k, context, key0, next < cached_end ? next : key0);  // behind the last: any that are there
+        attend_cached<DEEP>(state, query, k, context, key0, next < cached_end ? next : key0);  // behind the last: any that are there
     }
 #pragma unroll 1
-    for (; key0 < end; key0 += ATTN_ROUND) attend_new(state, query, context, key0);
+    for (; key0 < end; key0 += ATTN_ROUND) attend_new<DEEP>(state, query, context, key0);
     state.sum[0] = row_sum(state.sum[0]), state.sum[1] = row_sum(state.sum[1]);
 }
 
@@ -376,11 +385,11 @@ __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodePa
 //   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv; called by all lanes together, always on addresses
 //   inside qkv, also by a lane that has no use for what it gets.
 //   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; called by lanes that have the head.
-template <typename Fetch, typename Store>
+template <bool DEEP = false, typename Fetch, typename Store>
 __device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,
                                                  const Store& store) {
     AttnState state;
-    attend_chunk(state, p, item, t, fetch);
+    attend_chunk<DEEP>(state, p, item, t, fetch);
     const uint32_t chunks = attn_chunks(t.position);
     if (chunks > 1 && !join_chunks(state, p, item, chunks)) return;
 #pragma unroll

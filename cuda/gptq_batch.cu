@@ -15,6 +15,10 @@
 // Spills   4 bytes on sm_80, group size 32 with more than 32 tokens.
 #include "batch.cuh"
 
+// gptq_batch_wgmma.cu
+uint32_t gptq_batch_wgmma_multiprocessors();
+int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors);
+
 namespace {
 
 template <class Weights, int TOKENS>
@@ -47,7 +51,7 @@ __device__ __forceinline__ void store_sums(const GptqMatmulParams& p, uint32_t s
 
 template <class Shape, int STAGES>
 __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __grid_constant__ GptqMatmulParams p) {
-    overlap_next();
+#if !PEREGRINE_WGMMA
     const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
     const uint32_t slice_units = (k_units + p.slices - 1) / p.slices, slice = blockIdx.x % p.slices;
     const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
@@ -56,6 +60,7 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __gr
     multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
         store_sums<Shape::TOKENS>(p, slice, tile, end, acc);
     });
+#endif
 }
 
 template <class Shape, int SHARED>
@@ -93,6 +98,7 @@ extern "C" int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l) {
     const uint32_t k_units = w.k / UNIT_INPUTS;
     if (p->slices == 0 || (p->slices > 1 && !p->y.partials)) return PEREGRINE_BAD_SHAPE;
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
+    if (const uint32_t multiprocessors = gptq_batch_wgmma_multiprocessors()) return gptq_batch_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
         case 2: return run_tokens<GptqUnits<1, false>>(p, l);
         case 3: return run_tokens<GptqUnits<1, true>>(p, l);
