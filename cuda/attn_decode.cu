@@ -1,22 +1,22 @@
 // attn_decode — rotary positions, KV append and multi-query attention of a decode step's tokens, split over the context.
 // Reference: src/reference.rs::rope, attention
 // Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
-// Mapping  block (chunk, head tile, token) = one warp with one item of attn_decode.cuh: 16 heads of a token against 128 keys. The grid
-//          covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+// Mapping  one warp a block, 6 an SM at most, takes items of attn_decode.cuh (16 heads of a token against 128 keys) as long as there are
+//          some: a graph must not depend on the position, and a product's blocks are to find room beside them.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, four rounds of scores, softmax and values, and the merge, which reads 4.6 KB a chunk with one warp.
 // Measured one token: 3.2 us at position 0, 5.3 at 127, 5.5 at 128, 6.8 at 1024, 8.8 at 2047. 8 tokens, of one slot or of eight: 6.0 at
 //          128, 10.0 at 1024, 14.9 at 2047. 64 slots at 1024: 22.9. H200, launches back to back, overlapping; before more than
-//          8 chunks (1024 keys) were merged in runs.
+//          8 chunks (1024 keys) were merged in runs, and with a block an item of max_context. 16, 32, 64 slots at 190: 6.5, 7.0, 8.0 us,
+//          where that grid took 6.7, 7.7, 10.9.
 // Tried    4 warps a block: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
 #include "launch.cuh"
 #include "attn_decode.cuh"
-#ifndef ATTN_WORKERS
-#define ATTN_WORKERS 528u
-#endif
 
 namespace {
+
+constexpr uint32_t WORKERS = 6;  // a multiprocessor
 
 struct Plain {
     template <int N>
@@ -91,5 +91,5 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
         p->out_stride % 8 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
     const uint32_t items = attn_chunks(p->max_context - 1) * attn_head_tiles(p->heads) * p->tokens;
-    return launch(attn_decode_kernel, dim3(min(items, ATTN_WORKERS)), 32, 0, l, *p);
+    return launch(attn_decode_kernel, dim3(min(items, WORKERS * multiprocessors())), 32, 0, l, *p);
 }

@@ -1,43 +1,45 @@
 // gptq_batch_wgmma — gptq_batch on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
+// Shapes   as gptq_batch; for f16 outputs out_stride and gelu_stride multiples of 8.
+// Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
+// Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, one a warp; each warp gives wgmma its own 16 rows as A, from
+//          registers, four warps share the activations as B. One warp fetches weights (a bulk copy a row tile and stage), one
+//          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
+// Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it. A slice of a row is one chain of the tensor core, whose
+//          f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
+// Overlap  a block takes 43,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next product's
+//          blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a time: all
+//          at once, they stand in front of attention's and the norm's loads, and of the first activations.
+// Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
+//          activations from L2.
+// Measured MEASURED
+// Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel takes 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4, 20.0; one
+//          of four products 15.1, 15.8, 17.4; neither 14.8, 15.4, 16.9: what the stream takes. IN_FLIGHT 3 or all: 22.6, 25.1, 30.6 where
+//          2 takes 20.3, 22.7, 28.2. One stage until the ring is full: 20.8, 22.1, 26.3, but whole steps 2 to 4 % faster at 16 tokens,
+//          2 % at 32. Products of a quarter unit in flight, four at a time: 21.0, 23.5, 28.1. Five stages of activations: 19.1, 21.2, 27.8.
+//          Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to 9 us later in a
+//          step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
+//          multiply-add of a subnormal nibble, each row's scales brought to 2^15 by the block itself: a sixth fewer instructions, but the
+//          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
 #include "launch.cuh"
 #include "tma.cuh"
 
-#ifndef FLIGHT
-#define FLIGHT 3
-#endif
-#ifndef SETS
-#define SETS 4
-#endif
-#ifndef GROUP
-#define GROUP 1
-#endif
-#ifndef EARLY
-#define EARLY FLIGHT
-#endif
-#ifndef X_STAGES
-#define X_STAGES 3
-#endif
-
 namespace {
 
 constexpr int WARPS = 12;                  // that multiply, one row tile each: three warpgroups
 constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
 constexpr int UNITS = 4;                   // of a stage
-constexpr int PAIR = 2;                    // blocks of a cluster, which share the activations
+constexpr int X_STAGES = 3;
+constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
 constexpr int SHARED_BYTES = 218 * 1024;
+constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
 
 template <int SCALES_, bool ZEROS_, int TOKENS_>
 struct BatchShape {
     static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
     static constexpr bool ZEROS = ZEROS_;
-#ifdef EXACT
-    static constexpr bool POWERS = false;
-#else
-    static constexpr bool POWERS = !ZEROS;
-#endif
     using Units = GptqUnits<SCALES, ZEROS>;
     static constexpr int X_UNIT = TOKENS * TOKEN_BYTES;
     static constexpr int X_STAGE = UNITS * X_UNIT;
@@ -49,7 +51,7 @@ struct BatchShape {
     static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
     static constexpr int BYTES = BARRIERS_AT + 2 * (W_STAGES + X_STAGES) * 8;
-    static constexpr int IN_FLIGHT = FLIGHT < W_STAGES ? FLIGHT : W_STAGES;
+    static_assert(W_STAGES > IN_FLIGHT, "room for stages that wait");
     using Sums = float[TOKENS / 8][4];
 };
 
@@ -80,25 +82,29 @@ struct Span {
     __device__ __forceinline__ explicit Span(const GptqMatmulParams& p) {
         const uint32_t row_tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
         const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
-        const uint32_t pair = blockIdx.x / PAIR, parts = gridDim.x / p.slices;
-        const uint32_t part = pair / p.slices * PAIR + blockIdx.x % PAIR;
-        slice = pair % p.slices;
+        const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
+        slice = blockIdx.x % p.slices;
         unit0 = slice * slice_units;
         count = min(slice_units, k_units - unit0);
         tile0 = part * row_tiles / parts;
         tiles = (part + 1) * row_tiles / parts - tile0;
+    }
+    // The slice's units of the block's row tile i; of a tile that it has not, another's.
+    template <class Shape>
+    __device__ __forceinline__ const uint8_t* units(const GptqMatmulParams& p, uint32_t i) const {
+        return p.w.units + ((size_t)(tile0 + (i < tiles ? i : 0)) * (p.w.k / UNIT_INPUTS) + unit0) * Shape::Units::BYTES;
     }
 };
 
 template <class Shape>
 __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
-    const uint8_t* from = p.w.units + ((size_t)(s.tile0 + (lane < s.tiles ? lane : 0)) * (p.w.k / UNIT_INPUTS) + s.unit0) * Shape::Units::BYTES;
+    const uint8_t* from = s.units<Shape>(p, lane);
     Place<Shape::W_STAGES> place, arrived;
     uint32_t waiting = 0;  // copies under way
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= Shape::W_STAGES) barrier_wait(&b.w_empty[place.slot], place.parity ^ 1);
-        if (waiting >= (j < Shape::W_STAGES ? EARLY : Shape::IN_FLIGHT)) {
+        if (waiting == IN_FLIGHT) {
             barrier_wait(&b.w_full[arrived.slot], arrived.parity);
             arrived.advance();
             waiting--;
@@ -113,111 +119,39 @@ __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const S
     }
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// The box at (c0, c1, c2) to `to` of both blocks of the pair, and its bytes to `barrier` of each.
-__device__ __forceinline__ void copy_box_to_pair(uint32_t to, const CUtensorMap& map, uint32_t c2, uint64_t* barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %3, %4}], [%2], %5;"
-        ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(0), "r"(c2), "h"((uint16_t)3) : "memory");
-}
-// Lane r arrives at block r's barrier.
-__device__ __forceinline__ void release_activations(uint64_t* barrier) {
-    if (threadIdx.x % 32 >= PAIR) return;
-    asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];}"
-                 ::"r"(smem_address(barrier)), "r"(threadIdx.x % 32) : "memory");
-}
-
-// Each block of the pair asks for half of a stage's units, for both.
 template <class Shape>
 __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
-    constexpr int HALF = UNITS / PAIR;
-    const uint32_t stages = (s.count + UNITS - 1) / UNITS, first = blockIdx.x % PAIR * HALF;
+    const uint32_t stages = (s.count + UNITS - 1) / UNITS;
     Place<X_STAGES> place;
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
         barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
-        copy_box_to_pair(smem_address(ring + place.slot * Shape::X_STAGE + first * Shape::X_UNIT), g.x, s.unit0 + j * UNITS + first,
-                         &b.x_full[place.slot]);
+        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit0 + j * UNITS, &b.x_full[place.slot], L2_NORMAL);
         place.advance();
     }
 }
 
-// What a warp knows of its row tile: powers of two that bring the largest scale of rows g and g + 8 to 2^15 .. 2^16 and 2^11 .. 2^12, so that
-// a weight is one multiply-add of its nibble, read as a subnormal f16 (2^-24 or 2^-20 times the code). Each row has its own, so that rows
-// with small scales keep their digits; beside weights 2^16 times as large in the same row a weight loses some.
+// The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight.
 template <class Shape>
-struct RowPowers {
-    __half2 first, second;  // whose product the scales are multiplied by
-    float low, high;        // what undoes it in the sums
-
-    __device__ __forceinline__ RowPowers(const GptqMatmulParams& p, const Span& s, uint32_t lane) {
-        const uint8_t* unit = p.w.units + ((size_t)(s.tile0 + (threadIdx.x / 32 < s.tiles ? threadIdx.x / 32 : 0)) * (p.w.k / UNIT_INPUTS) + s.unit0) *
-                                              Shape::Units::BYTES + UNIT_CODE_BYTES;
-        if (!Shape::POWERS) return;
-        __half2 top[8] = {};
-        for (uint32_t u = lane; s.tiles && u < s.count; u += 32)
-#pragma unroll
-            for (int i = 0; i < 2 * Shape::SCALES; i++) {
-                const uint4 v = __ldg(reinterpret_cast<const uint4*>(unit + (size_t)u * Shape::Units::BYTES) + i);
-                const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int j = 0; j < 4; j++) top[i % 2 * 4 + j] = __hmax2(top[i % 2 * 4 + j], __habs2(as_half2(words[j])));
-            }
-        __half2 mine = top[0];
-#pragma unroll
-        for (int g = 0; g < 8; g++) {
-#pragma unroll
-            for (int step = 16; step; step /= 2) top[g] = __hmax2(top[g], as_half2(__shfl_xor_sync(~0u, as_u32(top[g]), step)));
-            if (lane / 4 == g) mine = top[g];
-        }
-        const int a = 15 - exponent(__low2float(mine)), b = 11 - exponent(__high2float(mine));
-        first = __floats2half2_rn(power(a / 2), power(b / 2));
-        second = __floats2half2_rn(power(a - a / 2), power(b - b / 2));
-        low = power(24 - a), high = power(20 - b);
-    }
-    __device__ __forceinline__ static int exponent(float v) { return max((int)(__float_as_uint(v) >> 23) - 127, -15); }
-    __device__ __forceinline__ static float power(int e) { return __uint_as_float((uint32_t)(e + 127) << 23); }
-};
-
-// The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight; without zero points times a power of two, see RowPowers.
-template <class Shape>
-__device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, const RowPowers<Shape>& powers, uint32_t (&a)[STEPS][4]) {
+__device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, uint32_t (&a)[STEPS][4]) {
     const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
 #pragma unroll
     for (int h = 0; h < Shape::SCALES; h++) {
-        __half2 scale = raw.scale[h], bias;
-        if (Shape::POWERS) {
-            scale = __hmul2(__hmul2(scale, powers.first), powers.second);
-            bias = __hmul2(scale, as_half2(0x80808008));  // -8 * 2^-24, -8 * 2^-20
-        }
-        const __half2 low = __low2half2(scale), high = __high2half2(scale);
+        const ExactBias bias(raw.zero[h]);
+        const __half2 low = __low2half2(raw.scale[h]), high = __high2half2(raw.scale[h]);
 #pragma unroll
         for (int s = h * STEPS / Shape::SCALES; s < (h + 1) * STEPS / Shape::SCALES; s++) {
-            if (!Shape::POWERS) {
-                unpack_exact(words[s], ExactBias(raw.zero[h]), a[s]);
+            unpack_exact(words[s], bias, a[s]);
 #pragma unroll
-                for (int i = 0; i < 4; i++) a[s][i] = as_u32(__hmul2(as_half2(a[s][i]), i % 2 ? high : low));
-            } else {
-                unpack_subnormal(words[s], a[s]);
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    a[s][i] = as_u32(__hfma2(as_half2(a[s][i]), i % 2 ? high : low, i % 2 ? __high2half2(bias) : __low2half2(bias)));
-            }
+            for (int i = 0; i < 4; i++) a[s][i] = as_u32(__hmul2(as_half2(a[s][i]), i % 2 ? high : low));
         }
     }
-}
-
-__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t sixteenths) {
-    return (uint64_t)sixteenths | (uint64_t)0x40000040u << 32;
 }
 
 // acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers and
 // the one after that is on its way from shared memory.
 template <class Shape>
-__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, const RowPowers<Shape>& powers, uint8_t* smem,
-                                         Barriers<Shape>& b) {
+__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, uint8_t* smem, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
     const uint32_t x = smem_address(smem);
@@ -228,7 +162,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
     const uint8_t* stage = mine;
     barrier_wait(&b.w_full[0], 0);
     raw.load(stage, lane);
-    unpack<Shape>(raw, powers, a[0]);
+    unpack<Shape>(raw, a[0]);
     raw.load(stage + Shape::Units::BYTES, lane);
     for (uint32_t j = 0; j < stages; j++) {
         const uint32_t units = s.count - j * UNITS;  // that are left
@@ -247,8 +181,8 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 #pragma unroll
             for (int i = 0; i < STEPS; i++)
                 asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
-            if (u == 0 && j > 0) release_activations(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
-            unpack<Shape>(raw, powers, next);
+            if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
+            unpack<Shape>(raw, next);
             if (u + 2 == UNITS) {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&b.w_empty[w_place.slot]);
@@ -264,28 +198,12 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 #pragma unroll
     for (int n = 0; n < Shape::TOKENS / 8; n++)
         asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
-    if (Shape::POWERS)
-#pragma unroll
-        for (int n = 0; n < Shape::TOKENS / 8; n++)
-            acc[n][0] *= powers.low, acc[n][1] *= powers.low, acc[n][2] *= powers.high, acc[n][3] *= powers.high;
 }
 
-#endif
-
-#ifdef STAMP
-__device__ __forceinline__ void stamp(const GptqMatmulParams& p, int i) {
-    if (threadIdx.x % 32 || !p.split_flags) return;
-    unsigned long long t;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
-    reinterpret_cast<unsigned long long*>(p.split_flags)[blockIdx.x * 8 + i] = t;
-}
-#define STAMP_AT(w, i) if (threadIdx.x / 32 == w) stamp(g.p, i)
-#else
-#define STAMP_AT(w, i)
 #endif
 
 template <class Shape>
-__global__ void __maxnreg__(104) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
+__global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
 #if PEREGRINE_WGMMA
     overlap_next();
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -293,41 +211,27 @@ __global__ void __maxnreg__(104) gptq_batch_wgmma_kernel(const __grid_constant__
     const uint32_t warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], WARPS);
-        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], PAIR * WARPS);
+        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], WARPS);
         barrier_init_done();
     }
     __syncthreads();
-    cluster_arrive();
     const Span s(g.p);
-    STAMP_AT(0, 0);
     if (warp == WARPS) {
         fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
-        STAMP_AT(WARPS, 4);
         wait_previous();
-        cluster_wait();
     } else if (warp > WARPS) {
         prefetch_map(g.x);
         wait_previous();
-        cluster_wait();  // the other block has its barriers
         if (threadIdx.x % 32 == 0) fetch_activations<Shape>(g, s, smem, b);
-        __syncwarp();
     } else {
-        const RowPowers<Shape> powers(g.p, s, threadIdx.x % 32);
         wait_previous();
-        cluster_wait();
-        STAMP_AT(0, 1);
         typename Shape::Sums acc = {};
-        multiply<Shape>(acc, s, powers, smem, b);
-        STAMP_AT(0, 2);
-        if (warp < s.tiles) {
-            const uint32_t row = (s.tile0 + warp) * UNIT_ROWS;
-            if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc);
-            else store_halves<Shape::TOKENS>(g.p, row, 0, acc, smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES);
-        }
-        STAMP_AT(0, 3);
+        multiply<Shape>(acc, s, smem, b);
+        if (warp >= s.tiles) return;
+        const uint32_t row = (s.tile0 + warp) * UNIT_ROWS;
+        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc);
+        else store_halves<Shape::TOKENS>(g.p, row, 0, acc, smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES);
     }
-    cluster_arrive();
-    cluster_wait();  // nobody writes to a block that has ended
 #endif
 }
 
@@ -337,13 +241,14 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     BatchParams g = {{}, *p};
     const cuuint64_t k_units = p->w.k / UNIT_INPUTS;
-    const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {(cuuint64_t)p->x_stride * 2, TOKEN_BYTES},
-                              {UNIT_INPUTS, Shape::TOKENS, UNITS / PAIR}, CU_TENSOR_MAP_SWIZZLE_128B};
+    const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
+    const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
+                              {UNIT_INPUTS, Shape::TOKENS, UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
     const uint32_t tiles = p->w.n / UNIT_ROWS, least = (tiles + WARPS - 1) / WARPS;
-    const uint32_t parts = (max(min(multiprocessors / p->slices, tiles + 1) / PAIR * PAIR, least) + PAIR - 1) / PAIR * PAIR;
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::BYTES, l, g, PAIR);
+    const uint32_t parts = max(min(multiprocessors / p->slices, tiles), least);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>

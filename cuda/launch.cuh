@@ -62,17 +62,22 @@ int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_
     return (int32_t)(e != cudaSuccess ? e : last);
 }
 
-// Multiprocessors of a Hopper GPU that has the kernel's machine code; 0 elsewhere, also where a build without sm_90a runs the PTX of an
-// older target, in which such a kernel is empty.
+inline uint32_t multiprocessors() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 1;
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? (uint32_t)count : 1;
+}
+
+// The same of a Hopper GPU that has the kernel's machine code; 0 elsewhere, also where a build without sm_90a runs the PTX of an older
+// target, in which such a kernel is empty.
 template <typename Params>
 uint32_t hopper_multiprocessors(void (*kernel)(Params)) {
-    int device = 0, major = 0, minor = 0, multiprocessors = 0;
+    int device = 0, major = 0, minor = 0;
     if (cudaGetDevice(&device) != cudaSuccess) return 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
     if (major != 9 || minor != 0) return 0;
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return (uint32_t)multiprocessors;
+    return multiprocessors();
 }

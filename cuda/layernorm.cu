@@ -1,19 +1,26 @@
 // layernorm — x += partials + bias, then out = (x - mean) / sqrt(variance + eps) * weight + bias.   Reference: reference.rs::layernorm
 // Shapes   x [tokens, hidden] f32, hidden <= 8192 and % 4 == 0; partials [slices, tokens, hidden] f32; out f16.
-// Mapping  one block of 512 threads a token; the row stays in registers, so mean and variance are two exact passes over them. The
-//          residual and all its slices are asked for together.
-// Tried    weight and bias loaded before the predecessor has finished: no difference at 1 token. One kernel for with and without slices:
-//          50 us at 2048 tokens, since the slices' registers (74 in all) halve the occupancy.
-// Numbers  partials are added in slice order and sums run in a fixed tree: same bits every run. Biased variance, as PyTorch's.
-// Measured 4.1 us at 1 token with 5 slices, 27 us at 512, 20 us at 2048 without; H200.
-// Cost     one token: 109 KB from L2 by one SM, a chain of latencies (load, two block sums, store), not bandwidth.
+// Mapping  one block of 512 threads a token; to 64 tokens on sm_90 a cluster of four blocks, one float4 a thread. The row stays in
+//          registers. The residual and all its slices are asked for together; a cluster asks for weight and bias before the predecessor
+//          has finished.
+// Numbers  each warp gives the mean of its values and the sum of squares about it, exact in two passes over registers; these are joined
+//          in a fixed order (count * (mean - joint mean)^2 more), as are slices: same bits every run. Biased variance, as PyTorch's.
+// Measured launches in a row, 5 slices, H200: 2.8, 3.4, 3.8 us at 16, 32, 64 tokens (one block a token: 3.6, 3.6, 3.9). Between two
+//          products under load the stores of one and the loads of the next are 4 us apart, where one block a token took 7. Before the
+//          cluster: 27 us at 512 tokens, 20 us at 2048 without slices.
+// Tried    one kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
+// Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.
 #include "launch.cuh"
 #include "units.cuh"
 
 namespace {
 
 constexpr int THREADS = 512;  // most of a block
+constexpr int VECTORS = 4;    // float4 a thread, where one block has the row: hidden <= 512 * 4 * 4
+constexpr int CLUSTER = 4;    // blocks of a row, where tokens are few
+constexpr uint32_t FEW_TOKENS = PEREGRINE_STEP_TOKENS;
 constexpr int MAX_SLICES = 8;
+static_assert(CLUSTER * THREADS >= THREADS * VECTORS, "one float4 a thread is enough");
 
 // Sum over the warp; every lane gets it.
 __device__ __forceinline__ float warp_sum(float v) {
@@ -21,6 +28,7 @@ __device__ __forceinline__ float warp_sum(float v) {
     for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
     return v;
 }
+__device__ __forceinline__ float4 load(const float* from, uint32_t e) { return __ldg(reinterpret_cast<const float4*>(from) + e); }
 __device__ __forceinline__ float sum(float4 v) { return (v.x + v.y) + (v.z + v.w); }
 __device__ __forceinline__ void add(float4& a, float4 b) { a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w; }
 __device__ __forceinline__ float squares(float4 v, float mean) {
@@ -37,6 +45,11 @@ struct Moments {
 template <int BLOCKS>
 struct Row {
     __device__ __forceinline__ static uint32_t rank() { return BLOCKS > 1 ? blockIdx.x % BLOCKS : 0; }
+    __device__ __forceinline__ static void begin() {
+#if __CUDA_ARCH__ >= 900
+        if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+    }
     __device__ __forceinline__ static void arrive() {
 #if __CUDA_ARCH__ >= 900
         if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
@@ -69,11 +82,10 @@ struct Row {
     }
 };
 
-// VECTORS: float4 a thread.
 template <bool PARTIALS, int BLOCKS, int VECTORS>
 __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constant__ LayernormParams p) {
     overlap_next();
-    Row<BLOCKS>::arrive();
+    Row<BLOCKS>::begin();
     constexpr int MOST = BLOCKS * THREADS / 32;
     __shared__ Moments shared[MOST];
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -87,7 +99,7 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const uint32_t e = min(first + i * blockDim.x + threadIdx.x, vectors - 1);
-        if (BLOCKS > 1) weight[i] = __ldg(reinterpret_cast<const float4*>(p.weight) + e), bias[i] = __ldg(reinterpret_cast<const float4*>(p.bias) + e);
+        if (BLOCKS > 1) weight[i] = load(p.weight, e), bias[i] = load(p.bias, e);
     }
     wait_previous();
 
@@ -107,7 +119,6 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
             for (int s = 0; s < MAX_SLICES; s++)
                 if (s < p.slices) add(v[i], part[s]);
             if (p.partials_bias) add(v[i], reinterpret_cast<const float4*>(p.partials_bias)[e]);
-            x[e] = v[i];
         }
         total += sum(v[i]), mine += 4.f;
     }
@@ -133,8 +144,9 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
     for (int i = 0; i < VECTORS; i++) {
         const uint32_t e = first + i * blockDim.x + threadIdx.x;
         if (e >= end) continue;
+        if (PARTIALS) x[e] = v[i];
         float4 w = weight[i], b = bias[i];
-        if (BLOCKS == 1) w = __ldg(reinterpret_cast<const float4*>(p.weight) + e), b = __ldg(reinterpret_cast<const float4*>(p.bias) + e);
+        if (BLOCKS == 1) w = load(p.weight, e), b = load(p.bias, e);
         __half2 lo = __floats2half2_rn((v[i].x - mean) * rstd * w.x + b.x, (v[i].y - mean) * rstd * w.y + b.y);
         __half2 hi = __floats2half2_rn((v[i].z - mean) * rstd * w.z + b.z, (v[i].w - mean) * rstd * w.w + b.w);
         reinterpret_cast<uint2*>(p.out)[row + e] = make_uint2(*reinterpret_cast<uint32_t*>(&lo), *reinterpret_cast<uint32_t*>(&hi));
@@ -142,20 +154,17 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
 }
 
 template <int BLOCKS, int VECTORS>
-int32_t run(const LayernormParams* p, const Launch* l) {
-    const uint32_t own = (p->hidden / 4 + BLOCKS - 1) / BLOCKS, threads = (own / VECTORS + 31) / 32 * 32;
-    return launch(p->partials ? layernorm_kernel<true, BLOCKS, VECTORS> : layernorm_kernel<false, BLOCKS, VECTORS>, dim3(p->tokens * BLOCKS),
-                  BLOCKS > 1 ? threads : THREADS, 0, l, *p, BLOCKS);
+int32_t run(const LayernormParams* p, const Launch* l, uint32_t threads) {
+    const auto kernel = p->partials ? layernorm_kernel<true, BLOCKS, VECTORS> : layernorm_kernel<false, BLOCKS, VECTORS>;
+    return launch(kernel, dim3(p->tokens * BLOCKS), threads, 0, l, *p, BLOCKS);
 }
 
 }  // namespace
 
 extern "C" int32_t layernorm(const LayernormParams* p, const Launch* l) {
-    if (p->tokens == 0 || p->hidden == 0 || p->hidden % 4 || p->hidden > THREADS * 4 * 4) return PEREGRINE_BAD_SHAPE;
+    if (p->tokens == 0 || p->hidden == 0 || p->hidden % 4 || p->hidden > THREADS * VECTORS * 4) return PEREGRINE_BAD_SHAPE;
     if (p->partials && p->slices > MAX_SLICES) return PEREGRINE_BAD_SHAPE;
-#ifdef LN_ONE
-    return run<1, 4>(p, l);
-#else
-    return p->tokens <= 64 ? run<4, 1>(p, l) : run<1, 4>(p, l);
-#endif
+    if (p->tokens > FEW_TOKENS || !hopper_multiprocessors(layernorm_kernel<true, CLUSTER, 1>)) return run<1, VECTORS>(p, l, THREADS);
+    const uint32_t own = (p->hidden / 4 + CLUSTER - 1) / CLUSTER;  // float4 of a block, one a thread
+    return run<CLUSTER, 1>(p, l, (own + 31) / 32 * 32);
 }

@@ -2,7 +2,7 @@
 
 use super::super::kit::{self, Format, G64, NAN16, Quantised, Random, to_f32};
 use super::super::{FFN, HIDDEN};
-use super::{Call, F16_TOLERANCE, F32_TOLERANCE, Output, all, guarded, only, trespass};
+use super::{Call, F16_TOLERANCE, Output, all, guarded, only, trespass};
 use crate::error::Result;
 use crate::gpu::ops::{self, Activations, BATCH_TOKENS, GEMV_TOKENS, Int4Matrix, MatmulKernel, MatmulOutput};
 use crate::gpu::{DevBuf, Stream};
