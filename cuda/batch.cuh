@@ -1,4 +1,4 @@
-// batch — the loop of gptq_batch and of head beyond 8 tokens: 9 to 64 tokens times a matrix in units, each weight byte read once.
+// batch — the loop of gptq_batch before sm_90, and of head beyond 8 tokens: 9 to 64 tokens times a matrix in units, each byte read once.
 //
 // A block multiplies row tiles, one a warp at a time, by all tokens, in stages along the inputs: the row tiles' units and the tokens'
 // activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others
@@ -27,7 +27,6 @@ struct BatchShape {
     static constexpr int TOKENS = TOKENS_;
     static constexpr int UNITS = UNITS_;     // of a stage
     static constexpr bool PASSES = PASSES_;  // a block may have more row tiles than its warps hold at a time
-    static constexpr bool TWO_CHAINS = !PASSES && Weights::RUNS == 1 && TOKENS <= 32 && UNITS % 2 == 0;
     static constexpr int X_BYTES = UNITS * TOKENS * TOKEN_BYTES;
     static constexpr int TILE_BYTES = UNITS * Weights::BYTES;
     static constexpr int STAGE_BYTES = (X_BYTES + BATCH_WARPS * TILE_BYTES + 1023) / 1024 * 1024;
@@ -198,68 +197,43 @@ __device__ __forceinline__ void multiply_batch(const BatchSpan& s, Finish finish
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
 #endif
         };
-        // With registers for two chains a warp starts the next unit of a stage before it waits for this one.
-        if constexpr (Shape::TWO_CHAINS && PEREGRINE_WGMMA) {
-            float chain[2][TOKENS / 8][4] = {};
-            Weights w[2];
-            typename Weights::Raw raw;
-            enter();
-            raw.load(mine, lane);
-            for (uint32_t j = 0; j < stages; j++) {
-                const RingPlace<Shape, STAGES> now = place;
-#pragma unroll
-                for (int u = 0; u < UNITS; u++) {
-                    w[u % 2].unpack(raw);
-                    start_chain<Weights, TOKENS>(chain[u % 2], w[u % 2], ring + now.at + u * TOKENS * TOKEN_BYTES, 0);
-                    if (u + 1 == UNITS) {
-                        place.advance();
-                        if (j + 1 < stages) enter();
-                    }
-                    raw.load(mine + (u + 1 < UNITS ? now.at : place.at) + (u + 1) % UNITS * Weights::BYTES, lane);
-                    if (u > 0) add_chain<Weights, TOKENS, 1>(acc, chain[(u + 1) % 2], w[(u + 1) % 2], 0, 0);
+        float chain[TOKENS / 8][4] = {};
+        uint32_t chunk = 0, tile = s.tile0;
+        enter();
+        typename Weights::Raw raw;
+        raw.load(mine, lane);
+        for (uint32_t j = 0; j < stages; j++) {
+            const RingPlace<Shape, STAGES> now = place;
+            // Where the tensor core works on its own, while it is busy.
+            const auto load_next = [&](int u) {
+                if (u == UNITS) {
+                    place.advance();
+                    if (j + 1 < stages) enter();
                 }
-                add_chain<Weights, TOKENS, 0>(acc, chain[(UNITS - 1) % 2], w[(UNITS - 1) % 2], 0, 0);
-                if (lane == 0) barrier_arrive(now.empty(ring));
-            }
-        } else {
-            float chain[TOKENS / 8][4] = {};
-            uint32_t chunk = 0, tile = s.tile0;
-            enter();
-            typename Weights::Raw raw;
-            raw.load(mine, lane);
-            for (uint32_t j = 0; j < stages; j++) {
-                const RingPlace<Shape, STAGES> now = place;
-                // Where the tensor core works on its own, while it is busy.
-                const auto load_next = [&](int u) {
-                    if (u == UNITS) {
-                        place.advance();
-                        if (j + 1 < stages) enter();
-                    }
-                    raw.load(mine + place.at + u % UNITS * Weights::BYTES, lane);
-                };
+                raw.load(mine + place.at + u % UNITS * Weights::BYTES, lane);
+            };
 #pragma unroll UNROLL
-                for (int u = 0; u < UNITS; u++) {
-                    Weights w;
-                    w.unpack(raw);
+            for (int u = 0; u < UNITS; u++) {
+                Weights w;
+                w.unpack(raw);
 #pragma unroll
-                    for (int run = 0; run < Weights::RUNS; run++) {
-                        const uint32_t unit_x = ring + now.at + u * TOKENS * TOKEN_BYTES;
-                        start_chain<Weights, TOKENS>(chain, w, unit_x, run);
-                        if (PEREGRINE_WGMMA && run == 0) load_next(u + 1);
-                        add_chain<Weights, TOKENS>(acc, chain, w, unit_x, run);
-                    }
-                    if (!PEREGRINE_WGMMA) load_next(u + 1);
+                for (int run = 0; run < Weights::RUNS; run++) {
+                    const uint32_t unit_x = ring + now.at + u * TOKENS * TOKEN_BYTES;
+                    start_chain<Weights, TOKENS>(chain, w, unit_x, run);
+                    if (PEREGRINE_WGMMA && run == 0) load_next(u + 1);
+                    add_chain<Weights, TOKENS>(acc, chain, w, unit_x, run);
                 }
-                if (lane == 0) barrier_arrive(now.empty(ring));
-                if (Shape::PASSES && ++chunk == chunks) {
-                    finish(tile, min(tile + pass_tiles, s.tile1), acc);
+                if (!PEREGRINE_WGMMA) load_next(u + 1);
+            }
+            if (lane == 0) barrier_arrive(now.empty(ring));
+            if (Shape::PASSES && ++chunk == chunks) {
+                finish(tile, min(tile + pass_tiles, s.tile1), acc);
 #pragma unroll
-                    for (int n = 0; n < TOKENS / 8; n++)
+                for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
-                        for (int e = 0; e < 4; e++) acc[n][e] = 0.f;
-                    chunk = 0;
-                    tile += pass_tiles;
-                }
+                    for (int e = 0; e < 4; e++) acc[n][e] = 0.f;
+                chunk = 0;
+                tile += pass_tiles;
             }
         }
     }

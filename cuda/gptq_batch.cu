@@ -1,19 +1,20 @@
 // gptq_batch — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, 1 to 64 tokens.   Reference: src/reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..64, made for 9..64 (16, 32 or 64 columns).
+// Shapes   as gptq_gemv; tokens 1..64, made for 9..64 (16, 32 or 64 columns). On sm_90a gptq_batch_wgmma.cu does the work instead.
 // Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
 // Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, so that no last wave is ragged: the sums of its rows for all
 //          tokens are accumulators, one row tile a warp, for the whole slice (batch.cuh). They are stored through shared memory, so that
 //          rows lie side by side.
 // Numbers  as gptq_gemm: exact f16 integers code - zero, 64 (32) inputs summed by the tensor core, then acc += scale * chain in f32.
-// Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 77 MB of activations from L2 beside it.
-// Measured [qkv ; up] 22.1, 25.9, 36.9 us and [down | dense] 20.5, 23.9, 34.1 us at 16, 32, 64 tokens (9: 20.9 and 19.8); H200, cold L2,
-//          back to back. Not limited by memory: the schedulers issue in 57 % of the cycles (two groups of warps, below; 47 % at 64 tokens),
-//          some 85 to 105 instructions a unit of which unpacking is 36. Those times are of one chain a warp; two (batch.cuh) unmeasured.
-// Tried    all warps copy, a barrier for all a stage: 29, 34, 45 us ([qkv ; up]). The same with pairs of blocks (clusters) that share
-//          22 row tiles and halve the activations from L2: 28, 33, 46 us. Two groups of 12 warps that share the units of a stage:
-//          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us. No proxy fence: 0.2 us less.
+// Measured by wgmma on an H200, before gptq_batch_wgmma.cu: [qkv ; up] 22.1, 25.9, 36.9 us at 16, 32, 64 tokens. This form of it, by
+//          mma.sync: unmeasured.
+// Tried    all warps copy, a barrier for all a stage: 29, 34, 45 us ([qkv ; up]). Two groups of 12 warps that share the units of a stage:
+//          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us.
 // Spills   4 bytes on sm_80, group size 32 with more than 32 tokens.
 #include "batch.cuh"
+
+// gptq_batch_wgmma.cu
+uint32_t gptq_batch_wgmma_multiprocessors();
+int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors);
 
 namespace {
 
@@ -47,7 +48,7 @@ __device__ __forceinline__ void store_sums(const GptqMatmulParams& p, uint32_t s
 
 template <class Shape, int STAGES>
 __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __grid_constant__ GptqMatmulParams p) {
-    overlap_next();
+#if !PEREGRINE_WGMMA
     const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
     const uint32_t slice_units = (k_units + p.slices - 1) / p.slices, slice = blockIdx.x % p.slices;
     const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
@@ -56,6 +57,7 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __gr
     multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
         store_sums<Shape::TOKENS>(p, slice, tile, end, acc);
     });
+#endif
 }
 
 template <class Shape, int SHARED>
@@ -93,6 +95,7 @@ extern "C" int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l) {
     const uint32_t k_units = w.k / UNIT_INPUTS;
     if (p->slices == 0 || (p->slices > 1 && !p->y.partials)) return PEREGRINE_BAD_SHAPE;
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
+    if (const uint32_t multiprocessors = gptq_batch_wgmma_multiprocessors()) return gptq_batch_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
         case 2: return run_tokens<GptqUnits<1, false>>(p, l);
         case 3: return run_tokens<GptqUnits<1, true>>(p, l);

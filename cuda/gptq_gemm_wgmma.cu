@@ -297,19 +297,7 @@ int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multipro
 
 }  // namespace
 
-uint32_t gptq_gemm_wgmma_multiprocessors() {
-    int device = 0, major = 0, minor = 0, multiprocessors = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (major != 9 || minor != 0) return 0;
-    // A build without sm_90a runs the PTX of an older target here, in which the kernel is empty.
-    cudaFuncAttributes kernel;
-    if (cudaFuncGetAttributes(&kernel, gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>) != cudaSuccess) return 0;
-    if (kernel.ptxVersion < 90) return 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    return (uint32_t)multiprocessors;
-}
+uint32_t gptq_gemm_wgmma_multiprocessors() { return hopper_multiprocessors(gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>); }
 
 int32_t gptq_gemm_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     switch (p->w.scales_per_row * 2 + p->w.has_zeros) {

@@ -29,16 +29,21 @@ constexpr size_t DEFAULT_SMEM_BYTES = 48 * 1024;
 
 // TOGETHER: all blocks run at once or none does (a cooperative launch); for kernels whose blocks wait for each other.
 template <bool TOGETHER = false, typename Params>
-int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_bytes, const Launch* l, const Params& p) {
+int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_bytes, const Launch* l, const Params& p,
+               uint32_t cluster = 1) {
     if (smem_bytes > DEFAULT_SMEM_BYTES) {
         cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem_bytes);
         if (e != cudaSuccess) return (int32_t)e;
     }
-    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchAttribute attributes[3] = {};
     uint32_t count = 0;
     if (TOGETHER) {
         attributes[count].id = cudaLaunchAttributeCooperative;
         attributes[count++].val.cooperative = 1;
+    }
+    if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {cluster, 1, 1};
     }
     if (l->overlap) {
         attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -55,4 +60,24 @@ int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_
     // Clears the sticky copy of a launch error, so that the next launcher does not report it again.
     cudaError_t last = cudaGetLastError();
     return (int32_t)(e != cudaSuccess ? e : last);
+}
+
+inline uint32_t multiprocessors() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 1;
+    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? (uint32_t)count : 1;
+}
+
+// The same of a Hopper GPU that has the kernel's machine code; 0 elsewhere, also where a build without sm_90a runs the PTX of an older
+// target, in which such a kernel is empty.
+template <typename Params>
+uint32_t hopper_multiprocessors(void (*kernel)(Params)) {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    if (major != 9 || minor != 0) return 0;
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
+    return multiprocessors();
 }

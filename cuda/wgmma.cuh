@@ -18,6 +18,8 @@
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t x) {
     return (uint64_t)(x / 16) | (uint64_t)1 << 16 | (uint64_t)(1024 / 16) << 32 | (uint64_t)1 << 62;
 }
+// The same from its low word, x / 16 + (1 << 16), where that is to stay in one uniform register.
+__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) { return (uint64_t)low | (uint64_t)0x40000040u << 32; }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most PENDING committed groups are under way.

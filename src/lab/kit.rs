@@ -147,6 +147,14 @@ impl Quantised {
         Quantised { n, k, group_size, qweight, qzeros, scales, g_idx, asymmetric: format.asymmetric }
     }
 
+    /// Multiplies the scales of each output. With powers of two that leave their six bits within f16, weights stay exact.
+    pub fn scale_outputs(&mut self, factor: impl Fn(usize) -> f32) {
+        for (i, bytes) in self.scales.chunks_exact_mut(2).enumerate() {
+            let scale = f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]]));
+            bytes.copy_from_slice(&f32_to_f16(scale * factor(i % self.n)).to_le_bytes());
+        }
+    }
+
     /// As a checkpoint would give it.
     #[must_use]
     pub fn tensor(&self) -> GptqTensor<'_> {

@@ -14,6 +14,9 @@ const F32_TOLERANCE: f64 = 4e-7;
 /// each, 2.7e-5 of inputs whose largest is three times the usual one, as here. Rounding them to f16 has cost ten times that.
 /// Measured at the 7B's shapes: 1.3e-5.
 const GEMV_TOLERANCE: f64 = 5e-5;
+/// The same by gptq_batch on Hopper, where a slice of a row (4544 inputs here, at most 4672) is one chain of the tensor core, whose f32 adds
+/// truncate: some 292 * 2/3 * 2^-24 = 1.2e-5 of the result at most, see GEMM_TOLERANCE. Measured: 4.8e-6. Elsewhere: 1.6e-7.
+const BATCH_TOLERANCE: f64 = 1.2e-5;
 /// The same by gptq_gemm, whose weights are AutoGPTQ's f16(scale * (code - zero)) (exact here) and whose sums are one chain of the tensor
 /// core: each of a row's 22720 / 16 = 1420 adds truncates the sum so far, by 2^-24 of it on average; sums grow like a random walk, so
 /// some 1420 * 2/3 * 2^-24 = 5.6e-5 of the result at most, a fifth of what rounding it to f16 costs. Measured: 2.6e-5.
@@ -108,7 +111,7 @@ fn check_sliced(
 fn f32_tolerance(kernel: MatmulKernel) -> f64 {
     match kernel {
         MatmulKernel::Gemv => GEMV_TOLERANCE,
-        MatmulKernel::Batch => F32_TOLERANCE,
+        MatmulKernel::Batch => BATCH_TOLERANCE,
         MatmulKernel::Gemm => GEMM_TOLERANCE,
     }
 }
@@ -143,6 +146,29 @@ fn gptq_batch_matches_reference() {
     for (n, k) in [(4544, 22720), (22848, 4544)] {
         let q = Quantised::new(&mut random, n, k, G64);
         check_partials(&stream, MatmulKernel::Batch, &q, 24, &[9, 16, 17, 32, 33, 64]);
+    }
+}
+
+/// Each output has digits of its own, however small its scales are beside the others'.
+#[test]
+fn gptq_batch_takes_scales_of_any_size() {
+    let Some((_, stream)) = gpu() else { return };
+    let mut random = Random::new(13);
+    for format in FORMATS {
+        let mut q = Quantised::new(&mut random, 448, 320, format);
+        q.scale_outputs(|n| (n as f32 % 21.0 - 10.0).exp2()); // scales of 2^-17 to 2^4
+        let w = repack(&stream, q.n, q.k, &[(&q, 0, 0)]);
+        for m in [9, 32, 63] {
+            let x = Random::new(25 + m as u64).halves(m * q.k, 1.0);
+            let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
+            let x = DevBuf::from_host(&stream, "x", &gathered(&x, q.k, &q)).unwrap();
+            let got = run_partials(&stream, MatmulKernel::Batch, &w, &x, m, 1);
+            let row = |y: &[f32], n: usize| -> Vec<f32> { y.iter().skip(n).step_by(q.n).copied().collect() };
+            for n in 0..q.n {
+                let what = format!("{format:?} m {m} output {n}");
+                assert_close(&what, &row(&got, n), &row(&want, n), BATCH_TOLERANCE);
+            }
+        }
     }
 }
 

@@ -1,0 +1,277 @@
+// gptq_batch_wgmma — gptq_batch on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
+// Shapes   as gptq_batch; for f16 outputs out_stride and gelu_stride multiples of 8.
+// Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
+// Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, one a warp; each warp gives wgmma its own 16 rows as A, from
+//          registers, four warps share the activations as B. One warp fetches weights (a bulk copy a row tile and stage), one
+//          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
+// Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it. A slice of a row is one chain of the tensor core, whose
+//          f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
+// Overlap  a block takes 43,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next product's
+//          blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a time: all
+//          at once, they stand in front of attention's and the norm's loads, and of the first activations.
+// Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
+//          activations from L2.
+// Measured [qkv ; up] 19.3, 21.4, 26.6 us and [down | dense] 19.1, 21.6, 26.9 us at 16, 32, 64 tokens, in turns 38.9, 44.9, 55.8 us a pair,
+//          where the kernel before it took 40.6, 48.0, 68.5; H200, cold L2, launches in a row. In a step of 32 layers and head, without
+//          sampling, at position 190: 1.71, 1.94, 2.30 ms where it was 2.04, 2.29, 2.97 (with attention and norm as they now are).
+// Short    not at the speed of memory: from the predecessor's end to the sums a product takes 16 us at 16 tokens, though two fifths of its
+//          weights lie in the ring by then. The schedulers issue in 60 % of the cycles; a unit is some 80 instructions, unpacking 52.
+// Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4, 20.0; one
+//          of four products 15.1, 15.8, 17.4; neither 14.8, 15.4, 16.9: what the stream takes. IN_FLIGHT 3 or all: 22.6, 25.1, 30.6 where
+//          2 takes 20.3, 22.7, 28.2. One stage until the ring is full: 20.8, 22.1, 26.3, but whole steps 2 to 4 % faster at 16 tokens,
+//          2 % at 32. Products of a quarter unit in flight, four at a time: 21.0, 23.5, 28.1. Five stages of activations: 19.1, 21.2, 27.8.
+//          Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to 9 us later in a
+//          step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
+//          multiply-add of a subnormal nibble, each row's scales brought to 2^15 by the block itself: a sixth fewer instructions, but the
+//          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
+#include "bulk.cuh"
+#include "chain.cuh"
+#include "gemm_output.cuh"
+#include "launch.cuh"
+#include "tma.cuh"
+
+namespace {
+
+constexpr int WARPS = 12;                  // that multiply, one row tile each: three warpgroups
+constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
+constexpr int UNITS = 4;                   // of a stage
+constexpr int X_STAGES = 3;
+constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
+constexpr int SHARED_BYTES = 218 * 1024;
+constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
+
+template <int SCALES_, bool ZEROS_, int TOKENS_>
+struct BatchShape {
+    static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
+    static constexpr bool ZEROS = ZEROS_;
+    using Units = GptqUnits<SCALES, ZEROS>;
+    static constexpr int X_UNIT = TOKENS * TOKEN_BYTES;
+    static constexpr int X_STAGE = UNITS * X_UNIT;
+    static constexpr int W_TILE = UNITS * Units::BYTES;
+    static constexpr int W_STAGE = WARPS * W_TILE;
+    static constexpr int W_STAGES = (SHARED_BYTES - WARPS * TRANSPOSE_BYTES - 512 - X_STAGES * X_STAGE) / W_STAGE;
+    // Shared memory: activations, weights, one transpose a warp, barriers.
+    static constexpr int W_AT = X_STAGES * X_STAGE;
+    static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
+    static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
+    static constexpr int BYTES = BARRIERS_AT + 2 * (W_STAGES + X_STAGES) * 8;
+    static_assert(W_STAGES > IN_FLIGHT, "room for stages that wait");
+    using Sums = float[TOKENS / 8][4];
+};
+
+struct BatchParams {
+    CUtensorMap x;  // [k units][tokens][64] f16
+    GptqMatmulParams p;
+};
+
+#if PEREGRINE_WGMMA
+
+// A place in a ring of COUNT stages with a barrier for full and one for empty each.
+template <int COUNT>
+struct Place {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == COUNT) slot = 0, parity ^= 1;
+    }
+};
+
+template <class Shape>
+struct Barriers {
+    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+};
+
+// What a block multiplies.
+struct Span {
+    uint32_t slice, unit0, count, tile0, tiles;
+    __device__ __forceinline__ explicit Span(const GptqMatmulParams& p) {
+        const uint32_t row_tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
+        const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
+        const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
+        slice = blockIdx.x % p.slices;
+        unit0 = slice * slice_units;
+        count = min(slice_units, k_units - unit0);
+        tile0 = part * row_tiles / parts;
+        tiles = (part + 1) * row_tiles / parts - tile0;
+    }
+    // The slice's units of the block's row tile i; of a tile that it has not, another's.
+    template <class Shape>
+    __device__ __forceinline__ const uint8_t* units(const GptqMatmulParams& p, uint32_t i) const {
+        return p.w.units + ((size_t)(tile0 + (i < tiles ? i : 0)) * (p.w.k / UNIT_INPUTS) + unit0) * Shape::Units::BYTES;
+    }
+};
+
+template <class Shape>
+__device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
+    const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
+    const uint8_t* from = s.units<Shape>(p, lane);
+    Place<Shape::W_STAGES> place, arrived;
+    uint32_t waiting = 0;  // copies under way
+    for (uint32_t j = 0; j < stages; j++) {
+        if (j >= Shape::W_STAGES) barrier_wait(&b.w_empty[place.slot], place.parity ^ 1);
+        if (waiting == IN_FLIGHT) {
+            barrier_wait(&b.w_full[arrived.slot], arrived.parity);
+            arrived.advance();
+            waiting--;
+        }
+        waiting++;
+        const uint32_t bytes = min((uint32_t)UNITS, s.count - j * UNITS) * Shape::Units::BYTES;
+        if (lane == 0) barrier_expect(&b.w_full[place.slot], s.tiles * bytes);
+        __syncwarp();
+        if (lane < s.tiles) bulk_copy(ring + place.slot * Shape::W_STAGE + lane * Shape::W_TILE, from, bytes, &b.w_full[place.slot]);
+        from += Shape::W_TILE;
+        place.advance();
+    }
+}
+
+template <class Shape>
+__device__ __forceinline__ void fetch_activations(const BatchParams& g, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
+    const uint32_t stages = (s.count + UNITS - 1) / UNITS;
+    Place<X_STAGES> place;
+    for (uint32_t j = 0; j < stages; j++) {
+        if (j >= X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
+        barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
+        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit0 + j * UNITS, &b.x_full[place.slot], L2_NORMAL);
+        place.advance();
+    }
+}
+
+// The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight.
+template <class Shape>
+__device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, uint32_t (&a)[STEPS][4]) {
+    const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
+#pragma unroll
+    for (int h = 0; h < Shape::SCALES; h++) {
+        const ExactBias bias(raw.zero[h]);
+        const __half2 low = __low2half2(raw.scale[h]), high = __high2half2(raw.scale[h]);
+#pragma unroll
+        for (int s = h * STEPS / Shape::SCALES; s < (h + 1) * STEPS / Shape::SCALES; s++) {
+            unpack_exact(words[s], bias, a[s]);
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[s][i] = as_u32(__hmul2(as_half2(a[s][i]), i % 2 ? high : low));
+        }
+    }
+}
+
+// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers and
+// the one after that is on its way from shared memory.
+template <class Shape>
+__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, uint8_t* smem, Barriers<Shape>& b) {
+    const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
+    const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
+    const uint32_t x = smem_address(smem);
+    Place<Shape::W_STAGES> w_place;
+    Place<X_STAGES> x_place;
+    uint32_t a[2][STEPS][4] = {};
+    typename Shape::Units::Raw raw;
+    const uint8_t* stage = mine;
+    barrier_wait(&b.w_full[0], 0);
+    raw.load(stage, lane);
+    unpack<Shape>(raw, a[0]);
+    raw.load(stage + Shape::Units::BYTES, lane);
+    for (uint32_t j = 0; j < stages; j++) {
+        const uint32_t units = s.count - j * UNITS;  // that are left
+        const uint32_t x_stage = __shfl_sync(~0u, (x + x_place.slot * Shape::X_STAGE) / 16 | 1u << 16, 0);
+        barrier_wait(&b.x_full[x_place.slot], x_place.parity);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            if (u > 0 && u >= units) break;
+            uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_stage + (u * Shape::X_UNIT / 16 + i * 2)), 1);
+            wgmma_commit();
+            wgmma_wait<1>();
+            // The compiler does not know that the registers were in use until here.
+#pragma unroll
+            for (int i = 0; i < STEPS; i++)
+                asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
+            if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
+            unpack<Shape>(raw, next);
+            if (u + 2 == UNITS) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&b.w_empty[w_place.slot]);
+                w_place.advance();
+                stage = mine + w_place.slot * Shape::W_STAGE;
+                if (j + 1 < stages) barrier_wait(&b.w_full[w_place.slot], w_place.parity);
+            }
+            raw.load(stage + (u + 2) % UNITS * Shape::Units::BYTES, lane);
+        }
+        x_place.advance();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < Shape::TOKENS / 8; n++)
+        asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+}
+
+#endif
+
+template <class Shape>
+__global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
+#if PEREGRINE_WGMMA
+    overlap_next();
+    extern __shared__ __align__(1024) uint8_t smem[];
+    Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
+    const uint32_t warp = threadIdx.x / 32;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], WARPS);
+        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], WARPS);
+        barrier_init_done();
+    }
+    __syncthreads();
+    const Span s(g.p);
+    if (warp == WARPS) {
+        fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
+        wait_previous();
+    } else if (warp > WARPS) {
+        prefetch_map(g.x);
+        wait_previous();
+        if (threadIdx.x % 32 == 0) fetch_activations<Shape>(g, s, smem, b);
+    } else {
+        wait_previous();
+        typename Shape::Sums acc = {};
+        multiply<Shape>(acc, s, smem, b);
+        if (warp >= s.tiles) return;
+        const uint32_t row = (s.tile0 + warp) * UNIT_ROWS;
+        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc);
+        else store_halves<Shape::TOKENS>(g.p, row, 0, acc, smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES);
+    }
+#endif
+}
+
+template <class Shape>
+int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    const bool halves = !p->y.partials && !p->y.residual;
+    if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
+    BatchParams g = {{}, *p};
+    const cuuint64_t k_units = p->w.k / UNIT_INPUTS;
+    const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
+    const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
+                              {UNIT_INPUTS, Shape::TOKENS, UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
+    const cudaError_t e = make_tensor_map(&g.x, p->x, x);
+    if (e != cudaSuccess) return (int32_t)e;
+    const uint32_t tiles = p->w.n / UNIT_ROWS, least = (tiles + WARPS - 1) / WARPS;
+    const uint32_t parts = max(min(multiprocessors / p->slices, tiles), least);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::BYTES, l, g);
+}
+
+template <int SCALES, bool ZEROS>
+int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    if (p->tokens <= 16) return run<BatchShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
+    if (p->tokens <= 32) return run<BatchShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
+    return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+}
+
+}  // namespace
+
+uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors(gptq_batch_wgmma_kernel<BatchShape<1, false, 16>>); }
+
+int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    switch (p->w.scales_per_row * 2 + p->w.has_zeros) {
+        case 2: return run_tokens<1, false>(p, l, multiprocessors);
+        case 3: return run_tokens<1, true>(p, l, multiprocessors);
+        case 4: return run_tokens<2, false>(p, l, multiprocessors);
+        case 5: return run_tokens<2, true>(p, l, multiprocessors);
+        default: return PEREGRINE_BAD_SHAPE;
+    }
+}
