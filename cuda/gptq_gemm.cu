@@ -1,183 +1,265 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch). On sm_90a gptq_gemm_wgmma.cu does the work instead.
-// Reads    W once per 128 (with two scales a row 64) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
-// Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
-//          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
-//          row tiles once a unit and uses them for all its tokens.
-// Numbers  codes are turned into the exact f16 integers code - zero; 64 (32) inputs are summed by the tensor core, then
-//          acc += scale * chain in f32: no f16 rounding of a weight, and no long tensor-core chain (its f32 adds truncate).
-// Shared   activations [TOKENS][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts.
-// Measured 222 TFLOP/s ([qkv ; up]) and 237 (5 slices) at 512 tokens, 229 and 218 at 2048, 166 and 174 at 128; H200, compiled for
-//          compute_80: 24 to 41 % of what torch.matmul does there with f16 weights and wgmma. One block of 8 warps an SM issues in 40 %
-//          of the cycles: latencies, probably of unpacking and barriers, are not hidden.
-// Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
-// Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
+#include "bulk.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
+#include "mma_output.cuh"
 #include "units.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
-constexpr int WARPS = 8;
-constexpr int THREADS = WARPS * 32;
-constexpr int BLOCK_TILES = 8;  // row tiles: 128 rows
-constexpr int WARP_TILES = 2;
-constexpr int STAGES = 4;
-constexpr int COLUMN_PAIR = 2;  // n8 tiles whose chains run side by side
+#ifndef V_LATE // being tuned
+#define V_LATE 1
+#endif
+#ifndef V_JG
+#define V_JG 1
+#endif
 
-// What one thread copies of each stage: pointers for unit 0, fixed for the whole product, so that a step costs a few adds.
-template <int BYTES, int TOKENS>
-struct StageSource {
-    static constexpr int UNIT_CHUNKS = BYTES / 16;                                                // of a row tile
-    static constexpr int W_CHUNKS = (BLOCK_TILES * UNIT_CHUNKS + THREADS - 1) / THREADS;          // a thread, at most
-    static constexpr int X_CHUNKS = TOKENS * 8 / THREADS;
-    const uint8_t* w[W_CHUNKS];
-    const uint16_t* x[X_CHUNKS];
-    bool w_valid[W_CHUNKS], x_valid[X_CHUNKS];
+constexpr int SHARED_BYTES = 99 * 1024 - 128;  // what a block may have on every GPU from sm_80 on, without the barrier
+constexpr int WARPS = GEMM_THREADS / 32;
+constexpr int WARP_TILES = 2, TOKENS = 128;                // of a warp: row tiles, tokens; all warps have the same tokens
+constexpr int TILE_UNITS = WARPS * WARP_TILES;             // row tiles of a block
+constexpr int COLUMNS = TOKENS / 8, PAIRS = COLUMNS / 2;   // n8 tiles, and pairs of them
+constexpr int TOKEN_BYTES = UNIT_INPUTS * 2, X_BYTES = TOKENS * TOKEN_BYTES;
+static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE, "the caller makes room");
 
-    __device__ StageSource(const GptqMatmulParams& p, uint32_t tile0, uint32_t token0) {
-        const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
-#pragma unroll
-        for (int i = 0; i < W_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = c / UNIT_CHUNKS, j = c % UNIT_CHUNKS;
-            w_valid[i] = tile0 + t < tiles;
-            w[i] = p.w.units + (size_t)(w_valid[i] ? tile0 + t : 0) * k_units * BYTES + j * 16;
-        }
-#pragma unroll
-        for (int i = 0; i < X_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = token0 + c / 8;
-            x_valid[i] = t < p.tokens;
-            x[i] = p.x + (size_t)(x_valid[i] ? t : 0) * p.x_stride + c % 8 * 8;
-        }
+template <int SCALES_, bool ZEROS_>
+struct GemmShape {
+    static constexpr int SCALES = SCALES_;
+    static constexpr bool ZEROS = ZEROS_;
+    static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
+    static constexpr int STAGE_BYTES = X_BYTES + TILE_UNITS * BYTES;
+    static constexpr int STAGES = SHARED_BYTES / STAGE_BYTES < 4 ? 3 : 4, RING_BYTES = STAGES * STAGE_BYTES;
+    static_assert(RING_BYTES <= SHARED_BYTES);
+};
+
+struct GemmParams {
+    GptqMatmulParams p;
+    GemmPlan plan;
+};
+
+#if !PEREGRINE_WGMMA
+
+struct TilePlace {
+    uint32_t tile0, token0, slice;  // row tile of 16
+    __device__ __forceinline__ TilePlace(const GemmPlan& plan, uint32_t tile)
+        : tile0(tile / plan.token_tiles % plan.row_tiles * TILE_UNITS), token0(tile % plan.token_tiles * TOKENS),
+          slice(tile / plan.token_tiles / plan.row_tiles) {}
+};
+
+// Keeps the compiler from computing a value anew at each use.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// A thread's part of the copies: all units of the block's segments, in order. A warp fetches the row tiles that it multiplies.
+template <class Shape>
+class Fetch {
+    static constexpr int TOKEN_STEP = GEMM_THREADS / 8, COPIES = TOKENS / TOKEN_STEP;
+    const GemmParams& g;
+    GemmWalk walk;
+    const uint8_t *w, *x;             // this lane's first chunk of the unit to come: of the first row tile, of token 0
+    uint32_t second, token[COPIES];   // bytes from the first row tile to the second; tokens
+    uint32_t w_step = Shape::BYTES, x_step = TOKEN_BYTES;
+    uint32_t w_to, x_to;              // in the first stage
+
+public:
+    uint32_t units;  // left of the segment
+
+    __device__ __forceinline__ Fetch(const GemmParams& g, uint32_t share_index, uint32_t ring) : g(g), walk(g.plan, share_index) {
+        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        w_to = kept(ring + X_BYTES + warp * WARP_TILES * Shape::BYTES + lane * 16);
+        x_to = kept(ring + threadIdx.x / 8 * TOKEN_BYTES + (threadIdx.x % 8 ^ threadIdx.x / 8 % 8) * 16);
+        next();
     }
 
-    // Asks for unit u.
-    __device__ void request(uint32_t stage, uint32_t u) const {
-#pragma unroll
-        for (int i = 0; i < W_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x;
-            if (c < BLOCK_TILES * UNIT_CHUNKS) cp_async(stage + c * 16, w[i] + (size_t)u * BYTES, w_valid[i]);
+    // On to the next segment. After the last: the first weights and inputs, for ever.
+    __device__ __forceinline__ void next() {
+        const uint32_t last = g.p.w.n / UNIT_ROWS - 1;
+        GemmSegment s;
+        uint32_t tile = 0, token0 = 0;
+        if (walk.next(s)) {
+            const TilePlace place(g.plan, s.tile);
+            tile = place.tile0 + threadIdx.x / 32 * WARP_TILES, token0 = place.token0;
+            units = s.end - s.begin;
+        } else {
+            s.begin = w_step = x_step = 0;
+            units = ~0u;
         }
+        // A row tile, or a token, that is not there: the last one again.
+        second = tile < last ? g.plan.k_units * Shape::BYTES : 0;
+        w = g.p.w.units + ((size_t)min(tile, last) * g.plan.k_units + s.begin) * Shape::BYTES + threadIdx.x % 32 * 16;
+        x = reinterpret_cast<const uint8_t*>(g.p.x) + (size_t)s.begin * TOKEN_BYTES + threadIdx.x % 8 * 16;
 #pragma unroll
-        for (int i = 0; i < X_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = c / 8;
-            const uint32_t to = stage + BLOCK_TILES * BYTES + t * 128 + ((c % 8) ^ (t % 8)) * 16;
-            cp_async(to, x[i] + (size_t)u * UNIT_INPUTS, x_valid[i]);
+        for (int i = 0; i < COPIES; i++) token[i] = min(token0 + i * TOKEN_STEP + threadIdx.x / 8, g.p.tokens - 1);
+    }
+
+    // Asks for a unit, into the stage at this offset.
+    __device__ __forceinline__ void request(uint32_t stage) {
+        constexpr int REST = Shape::BYTES - UNIT_CODE_BYTES;
+#pragma unroll
+        for (int i = 0; i < COPIES; i++)
+            cp_async(stage + x_to + i * TOKEN_STEP * TOKEN_BYTES, x + (size_t)token[i] * (g.p.x_stride * 2));
+#pragma unroll
+        for (int t = 0; t < WARP_TILES; t++) {
+            const uint8_t* from = t ? w + second : w;
+            cp_async(stage + w_to + t * Shape::BYTES, from);
+            if (threadIdx.x % 32 < REST / 16) cp_async(stage + w_to + t * Shape::BYTES + UNIT_CODE_BYTES, from + UNIT_CODE_BYTES);
         }
+        cp_async_commit();
+        x += x_step, w += w_step;
     }
 };
 
-// The B registers of two n8 tiles, tokens `token0 ..` of a stage.
-__device__ __forceinline__ void load_columns(uint32_t b[COLUMN_PAIR][8], uint32_t x, uint32_t token0, uint32_t lane) {
+// What a warp needs for the next step of 16 inputs.
+template <class Shape>
+struct Operands {
+    static constexpr int RUN = STEPS / Shape::SCALES;  // steps that share a scale
+    uint32_t a[2][WARP_TILES][4];                      // of even and of odd steps
+    uint32_t b[PAIRS][4];
+    uint4 codes[WARP_TILES];
+    __half2 scale[WARP_TILES], zero[WARP_TILES];
+
+    __device__ __forceinline__ void load_codes(const uint8_t* from) {
 #pragma unroll
-    for (int q = 0; q < COLUMN_PAIR; q++) {
-        const uint32_t t = token0 + q * 8 + lane % 8;
-        ldmatrix(b[q], x + t * 128 + ((lane / 8) ^ (t % 8)) * 16);
-        ldmatrix(b[q] + 4, x + t * 128 + ((lane / 8 + 4) ^ (t % 8)) * 16);
+        for (int i = 0; i < WARP_TILES; i++) codes[i] = *reinterpret_cast<const uint4*>(from + i * Shape::BYTES);
     }
-}
+    __device__ __forceinline__ void load_scales(const uint8_t* from, int run) {
+#pragma unroll
+        for (int i = 0; i < WARP_TILES; i++) {
+            const uint8_t* q = from + i * Shape::BYTES + run * UNIT_SCALE_BYTES;
+            scale[i] = *reinterpret_cast<const __half2*>(q);
+            if (Shape::ZEROS) zero[i] = *reinterpret_cast<const __half2*>(q + Shape::SCALES * UNIT_SCALE_BYTES);
+        }
+    }
+    __device__ __forceinline__ void unpack(int i, int step) {
+        const uint32_t words[STEPS] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
+    }
+};
 
-template <int SCALES, bool ZEROS, int TOKENS>
-__global__ void __launch_bounds__(THREADS, 1) gptq_gemm_kernel(const __grid_constant__ GptqMatmulParams p) {
-    overlap_next();
-    constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
-    constexpr int STAGE_BYTES = BLOCK_TILES * BYTES + TOKENS * 128;
-    constexpr int COLUMNS = TOKENS / 16;  // n8 tiles of a warp
-    extern __shared__ __align__(16) uint8_t smem[];
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t warp_tile = warp / 2 * WARP_TILES, warp_token = warp % 2 * (TOKENS / 2);
-    const uint32_t token0 = blockIdx.x * TOKENS, tile0 = blockIdx.y * BLOCK_TILES, slice = blockIdx.z;
-    const uint32_t k_units = p.w.k / UNIT_INPUTS, slice_units = (k_units + p.slices - 1) / p.slices;
-    const uint32_t begin = slice * slice_units, end = min(begin + slice_units, k_units);
+template <class Shape>
+__global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid_constant__ GemmParams g) {
+    constexpr int STAGES = Shape::STAGES;
+    extern __shared__ __align__(128) uint8_t smem[];
+    __shared__ uint64_t all;  // a phase a unit: every warp has left the unit before, and its copies of the next one are there
+    const uint32_t ring = smem_address(smem), barrier = kept(smem_address(&all));
+    const uint32_t warp_tile = threadIdx.x / 32 * WARP_TILES, lane = threadIdx.x % 32, share_index = gridDim.x - 1 - blockIdx.x;
+    // ldmatrix: lane l names token l % 8 of matrix l / 8: inputs 8 (l / 8 % 2), tokens 8 (l / 16) of a pair of columns.
+    const uint32_t x_from = kept(ring + (lane / 16 * 8 + lane % 8) * TOKEN_BYTES + (lane / 8 % 2 ^ lane % 8) * 16);
+    const uint32_t w_from = kept(X_BYTES + warp_tile * Shape::BYTES + lane * 16);
+    const uint32_t q_from = kept(X_BYTES + warp_tile * Shape::BYTES + UNIT_CODE_BYTES + lane / 4 * 4);
+    if (threadIdx.x == 0) barrier_init(&all, WARPS);
 
-    const StageSource<BYTES, TOKENS> source(p, tile0, token0);
-    float acc[WARP_TILES][COLUMNS][4] = {};
     wait_previous();
+    Fetch<Shape> fetch(g, share_index, ring);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (begin + i < end) source.request(smem_address(smem) + i * STAGE_BYTES, begin + i);
-        cp_async_commit();
+        if (fetch.units == 0) fetch.next();
+        fetch.request(i * Shape::STAGE_BYTES);
+        fetch.units--;
     }
-    for (uint32_t u = begin; u < end; u++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // unit u has arrived for all, and all have left the stage that is refilled below
-        if (u + STAGES - 1 < end)
-            source.request(smem_address(smem) + (u - begin + STAGES - 1) % STAGES * STAGE_BYTES, u + STAGES - 1);
-        cp_async_commit();
+    uint32_t at = 0, refill = (STAGES - 1) * Shape::STAGE_BYTES, parity = 0;  // offsets of the stages that are read and filled
+    const auto after = [](uint32_t stage) { return stage == (STAGES - 1) * Shape::STAGE_BYTES ? 0 : stage + Shape::STAGE_BYTES; };
+    Operands<Shape> next;
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    next.load_codes(smem + w_from);
+    next.load_scales(smem + q_from, 0);
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++) ldmatrix(next.b[j], x_from + j * 16 * TOKEN_BYTES);
+#pragma unroll
+    for (int i = 0; i < WARP_TILES; i++) next.unpack(i, 0);
 
-        const uint8_t* stage = smem + (u - begin) % STAGES * STAGE_BYTES;
-        uint32_t a[WARP_TILES][STEPS][4];
-        float2 scale[WARP_TILES][SCALES];
+    GemmSegment s;
+    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+        float acc[WARP_TILES * COLUMNS][4] = {};
+        for (uint32_t units = s.end - s.begin; units > 0;) {
+            if (fetch.units == 0) fetch.next();
+            uint32_t n = min(units, fetch.units);  // in which neither segment ends
+            units -= n, fetch.units -= n;
+#pragma unroll 1
+            for (; n > 0; n--) {
+                cp_async_wait<STAGES - 3>();
+                __syncwarp();
+                if (lane == 0) asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
 #pragma unroll
-        for (int t = 0; t < WARP_TILES; t++) {
-            const uint8_t* unit = stage + (warp_tile + t) * BYTES;
-            const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
-            const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+                for (int step = 0; step < STEPS; step++) {
+                    // Multiplies what is there, and each register that is free gets the next step's value.
+                    const int to = (step + 1) % STEPS;
+                    if (to == 0) {
+                        while (!barrier_test(barrier, parity)) {
+                        }
+                        parity ^= 1;
+                        at = after(at);
+                        next.load_codes(smem + at + w_from);
+                    }
+                    if (to % Operands<Shape>::RUN == 0) next.load_scales(smem + at + q_from, to / Operands<Shape>::RUN);
+                    const uint32_t x = (at + x_from) ^ (to * 32);
 #pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
-                scale[t][h] = __half22float2(*reinterpret_cast<const __half2*>(q));
-                const __half2 zero = ZEROS ? *reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
-                const ExactBias bias(zero);
+                    for (int j = 0; j < PAIRS; j += V_JG) {
+                        if (to == 0 && j == V_LATE * V_JG) {
+                            fetch.request(refill);
+                            refill = after(refill);
+                        }
 #pragma unroll
-                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], bias, a[t][s]);
+                        for (int i = 0; i < WARP_TILES; i++)
+#pragma unroll
+                            for (int q = 0; q < 2 * V_JG; q++)
+                                mma(acc[i * COLUMNS + j * 2 + q], next.a[step % 2][i], next.b[j + q / 2][q % 2 * 2], next.b[j + q / 2][q % 2 * 2 + 1]);
+#pragma unroll
+                        for (int q = 0; q < V_JG; q++)
+                        ldmatrix(next.b[j + q], x + (j + q) * 16 * TOKEN_BYTES);
+                        if (j % (PAIRS / WARP_TILES) == 0) next.unpack(j / (PAIRS / WARP_TILES), to);
+                    }
+                }
             }
         }
-        const uint32_t x = smem_address(stage + BLOCK_TILES * BYTES);
-        uint32_t b[2][COLUMN_PAIR][8];  // of this pair of columns and the next
-        load_columns(b[0], x, warp_token, lane);
+        if (!s.owner) {
+            give_sums(g.p, acc, share_index);
+            continue;
+        }
+        if (!s.complete) {
+            const uint32_t tile_end = (s.tile - g.plan.whole + 1) * g.plan.k_units;
+            uint32_t end = share_index + 1;
+            while (end < g.plan.blocks && g.plan.share(end) < tile_end) end++;
+            take_sums(g.p, acc, share_index + 1, end);
+        }
+        const TilePlace place(g.plan, s.tile);
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j += COLUMN_PAIR) {
-            const int now = j / COLUMN_PAIR % 2;
-            if (j + COLUMN_PAIR < COLUMNS) load_columns(b[1 - now], x, warp_token + (j + COLUMN_PAIR) * 8, lane);
-#pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                // Four chains at once (two row tiles, two columns): one chain is a sequence of latencies.
-                constexpr int CHAIN = STEPS / SCALES;
-                float c[WARP_TILES][COLUMN_PAIR][4] = {};
-#pragma unroll
-                for (int s = h * CHAIN; s < (h + 1) * CHAIN; s++)
-#pragma unroll
-                    for (int i = 0; i < WARP_TILES; i++)
-#pragma unroll
-                        for (int q = 0; q < COLUMN_PAIR; q++) mma(c[i][q], a[i][s], b[now][q][2 * s], b[now][q][2 * s + 1]);
-#pragma unroll
-                for (int i = 0; i < WARP_TILES; i++)
-#pragma unroll
-                    for (int q = 0; q < COLUMN_PAIR; q++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            acc[i][j + q][e] = fmaf(e < 2 ? scale[i][h].x : scale[i][h].y, c[i][q][e], acc[i][j + q][e]);
-            }
+        for (int i = 0; i < WARP_TILES; i++) {
+            const uint32_t row = (place.tile0 + warp_tile + i) * UNIT_ROWS;
+            if (row >= g.p.w.n) continue;
+            const auto& sums = reinterpret_cast<const float(&)[COLUMNS][4]>(acc[i * COLUMNS]);
+            if (g.p.y.partials || g.p.y.residual) store_floats(g.p, place.slice, row, place.token0, sums);
+            else store_halves(g.p, row, place.token0, sums);
         }
     }
-
-#pragma unroll
-    for (int i = 0; i < WARP_TILES; i++) {
-        const uint32_t tile = tile0 + warp_tile + i;
-        if (tile >= p.w.n / UNIT_ROWS) continue;
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const uint32_t row = tile * UNIT_ROWS + lane / 4 + c / 2 * 8;
-                const uint32_t m = token0 + warp_token + j * 8 + lane % 4 * 2 + c % 2;
-                if (m < p.tokens) store_output(p.y, p.w.n, p.tokens, slice, m, row, acc[i][j][c]);
-            }
-    }
+    cp_async_wait<0>();
 }
 
-template <int SCALES, bool ZEROS, int TOKENS>
-int32_t run(const GptqMatmulParams* p, const Launch* l) {
-    constexpr size_t smem = (size_t)STAGES * (BLOCK_TILES * unit_bytes<SCALES, ZEROS>() + TOKENS * 128);
-    const dim3 grid((p->tokens + TOKENS - 1) / TOKENS, (p->w.n / UNIT_ROWS + BLOCK_TILES - 1) / BLOCK_TILES, p->slices);
-    return launch(gptq_gemm_kernel<SCALES, ZEROS, TOKENS>, grid, THREADS, smem, l, *p);
-}
+#else
+
+template <class Shape>
+__global__ void gptq_gemm_kernel(const __grid_constant__ GemmParams) {}
+
+#endif
 
 template <int SCALES, bool ZEROS>
-int32_t run_tokens(const GptqMatmulParams* p, const Launch* l) {
-    // With two scales a row (group 32) the 128-token tile would spill.
-    return run<SCALES, ZEROS, SCALES == 1 ? 128 : 64>(p, l);
+int32_t run(const GptqMatmulParams* p, const Launch* l) {
+    using Shape = GemmShape<SCALES, ZEROS>;
+    const bool halves = !p->y.partials && !p->y.residual;
+    if (halves && (p->y.out_stride % 2 || p->y.gelu_stride % 2)) return PEREGRINE_BAD_SHAPE;  // 4-byte stores
+    int device = 0, multiprocessors = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return (int32_t)e;
+    const uint32_t row_tiles = (p->w.n / UNIT_ROWS + TILE_UNITS - 1) / TILE_UNITS, token_tiles = (p->tokens + TOKENS - 1) / TOKENS;
+    const GemmPlan plan(row_tiles, token_tiles, p->slices, p->w.k / UNIT_INPUTS, (uint32_t)multiprocessors,
+                        p->split_sums && p->split_flags);
+    const GemmParams g = {*p, plan};
+    return launch(gptq_gemm_kernel<Shape>, dim3(plan.blocks), GEMM_THREADS, Shape::RING_BYTES, l, g);
 }
 
 }  // namespace
@@ -191,10 +273,10 @@ extern "C" int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l) {
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
     if (const uint32_t multiprocessors = gptq_gemm_wgmma_multiprocessors()) return gptq_gemm_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
-        case 2: return run_tokens<1, false>(p, l);
-        case 3: return run_tokens<1, true>(p, l);
-        case 4: return run_tokens<2, false>(p, l);
-        case 5: return run_tokens<2, true>(p, l);
+        case 2: return run<1, false>(p, l);
+        case 3: return run<1, true>(p, l);
+        case 4: return run<2, false>(p, l);
+        case 5: return run<2, true>(p, l);
         default: return PEREGRINE_BAD_SHAPE;
     }
 }
