@@ -64,62 +64,66 @@ __device__ __forceinline__ uint32_t kept(uint32_t v) {
     return v;
 }
 
-// A thread's part of the copies: all units of the block's segments, in order. A warp fetches the row tiles that it multiplies.
+// A thread's part of the copies: all units of the block's segments, in order.
 template <class Shape>
 class Fetch {
-    static constexpr int TOKEN_STEP = GEMM_THREADS / 8, COPIES = TOKENS / TOKEN_STEP;
+    static constexpr uint32_t CHUNKS = Shape::BYTES / 16, W_CHUNKS = TILE_UNITS * CHUNKS;  // of 16 bytes: of a unit, of a stage
+    static constexpr int W_COPIES = (W_CHUNKS + GEMM_THREADS - 1) / GEMM_THREADS, X_COPIES = X_BYTES / 16 / GEMM_THREADS;
     const GemmParams& g;
     GemmWalk walk;
-    const uint8_t *w, *x;             // this lane's first chunk of the unit to come: of the first row tile, of token 0
-    uint32_t second, token[COPIES];   // bytes from the first row tile to the second; tokens
-    uint32_t w_step = Shape::BYTES, x_step = TOKEN_BYTES;
-    uint32_t w_to, x_to;              // in the first stage
+    const uint8_t *w, *x;                           // of the unit to come: of the matrix's first row tile, of token 0
+    uint32_t w_chunk[W_COPIES], x_chunk[X_COPIES];  // this thread's, counted from there
+    uint32_t w_to, x_to;                            // in the first stage
+    uint32_t live = 1, last;                        // whether there are units to come; and this thread has a chunk of the last W_COPIES
+
+    __device__ __forceinline__ static void copy(uint32_t to, const uint8_t* from, uint32_t wanted) {
+        asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to), "l"(from), "r"(wanted)
+                     : "memory");
+    }
 
 public:
     uint32_t units;  // left of the segment
 
     __device__ __forceinline__ Fetch(const GemmParams& g, uint32_t share_index, uint32_t ring) : g(g), walk(g.plan, share_index) {
-        const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        w_to = kept(ring + X_BYTES + warp * WARP_TILES * Shape::BYTES + lane * 16);
+        w_to = kept(ring + X_BYTES + threadIdx.x * 16);
         x_to = kept(ring + threadIdx.x / 8 * TOKEN_BYTES + (threadIdx.x % 8 ^ threadIdx.x / 8 % 8) * 16);
+        last = threadIdx.x < W_CHUNKS - (W_COPIES - 1) * GEMM_THREADS;
         next();
     }
 
-    // On to the next segment. After the last: the first weights and inputs, for ever.
+    // On to the next segment. After the last there is nothing to copy, for ever.
     __device__ __forceinline__ void next() {
-        const uint32_t last = g.p.w.n / UNIT_ROWS - 1;
         GemmSegment s;
-        uint32_t tile = 0, token0 = 0;
-        if (walk.next(s)) {
-            const TilePlace place(g.plan, s.tile);
-            tile = place.tile0 + threadIdx.x / 32 * WARP_TILES, token0 = place.token0;
-            units = s.end - s.begin;
-        } else {
-            s.begin = w_step = x_step = 0;
-            units = ~0u;
+        if (!walk.next(s)) {
+            live = last = 0, units = ~0u;
+            return;
         }
+        const TilePlace place(g.plan, s.tile);
+        units = s.end - s.begin;
+        w = g.p.w.units + (size_t)s.begin * Shape::BYTES;
+        x = reinterpret_cast<const uint8_t*>(g.p.x) + (size_t)s.begin * TOKEN_BYTES;
         // A row tile, or a token, that is not there: the last one again.
-        second = tile < last ? g.plan.k_units * Shape::BYTES : 0;
-        w = g.p.w.units + ((size_t)min(tile, last) * g.plan.k_units + s.begin) * Shape::BYTES + threadIdx.x % 32 * 16;
-        x = reinterpret_cast<const uint8_t*>(g.p.x) + (size_t)s.begin * TOKEN_BYTES + threadIdx.x % 8 * 16;
 #pragma unroll
-        for (int i = 0; i < COPIES; i++) token[i] = min(token0 + i * TOKEN_STEP + threadIdx.x / 8, g.p.tokens - 1);
+        for (int i = 0; i < W_COPIES; i++) {
+            const uint32_t c = i * GEMM_THREADS + threadIdx.x, tile = min(place.tile0 + c / CHUNKS, g.p.w.n / UNIT_ROWS - 1);
+            w_chunk[i] = tile * g.plan.k_units * CHUNKS + c % CHUNKS;
+        }
+#pragma unroll
+        for (int i = 0; i < X_COPIES; i++) {
+            const uint32_t token = min(place.token0 + (i * GEMM_THREADS + threadIdx.x) / 8, g.p.tokens - 1);
+            x_chunk[i] = token * (g.p.x_stride / 8) + threadIdx.x % 8;
+        }
     }
 
     // Asks for a unit, into the stage at this offset.
     __device__ __forceinline__ void request(uint32_t stage) {
-        constexpr int REST = Shape::BYTES - UNIT_CODE_BYTES;
 #pragma unroll
-        for (int i = 0; i < COPIES; i++)
-            cp_async(stage + x_to + i * TOKEN_STEP * TOKEN_BYTES, x + (size_t)token[i] * (g.p.x_stride * 2));
+        for (int i = 0; i < X_COPIES; i++) copy(stage + x_to + i * GEMM_THREADS * 16, x + (size_t)x_chunk[i] * 16, live);
 #pragma unroll
-        for (int t = 0; t < WARP_TILES; t++) {
-            const uint8_t* from = t ? w + second : w;
-            cp_async(stage + w_to + t * Shape::BYTES, from);
-            if (threadIdx.x % 32 < REST / 16) cp_async(stage + w_to + t * Shape::BYTES + UNIT_CODE_BYTES, from + UNIT_CODE_BYTES);
-        }
+        for (int i = 0; i < W_COPIES; i++)
+            copy(stage + w_to + i * GEMM_THREADS * 16, w + (size_t)w_chunk[i] * 16, i == W_COPIES - 1 ? last : live);
         cp_async_commit();
-        x += x_step, w += w_step;
+        x += TOKEN_BYTES, w += Shape::BYTES;
     }
 };
 
@@ -127,7 +131,7 @@ public:
 template <class Shape>
 struct Operands {
     static constexpr int RUN = STEPS / Shape::SCALES;  // steps that share a scale
-    uint32_t a[WARP_TILES][4];
+    uint32_t a[2][WARP_TILES][4];                      // of even and of odd steps
     uint32_t b[PAIRS][4];
     uint4 codes[WARP_TILES];
     __half2 scale[WARP_TILES], zero[WARP_TILES];
@@ -146,7 +150,7 @@ struct Operands {
     }
     __device__ __forceinline__ void unpack(int i, int step) {
         const uint32_t words[STEPS] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[i]);
+        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
     }
 };
 
@@ -220,11 +224,10 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
                         for (int i = 0; i < WARP_TILES; i++)
 #pragma unroll
                             for (int q = 0; q < 2; q++)
-                                mma(acc[i * COLUMNS + j * 2 + q], next.a[i], next.b[j][q * 2], next.b[j][q * 2 + 1]);
+                                mma(acc[i * COLUMNS + j * 2 + q], next.a[step % 2][i], next.b[j][q * 2], next.b[j][q * 2 + 1]);
                         ldmatrix(next.b[j], x + j * 16 * TOKEN_BYTES);
+                        if (j % (PAIRS / WARP_TILES) == 0) next.unpack(j / (PAIRS / WARP_TILES), to);
                     }
-#pragma unroll
-                    for (int i = 0; i < WARP_TILES; i++) next.unpack(i, to);
                 }
             }
         }
