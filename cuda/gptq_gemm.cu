@@ -4,18 +4,29 @@
 // Reads    W once per 128 tokens, x once per 256 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block of 8 warps a multiprocessor, which stays for the whole product (gemm_plan.cuh). A tile is 256 rows x 128 tokens; a
 //          warp has 32 rows of it and all tokens, so that each weight is unpacked once a tile: 128 registers of sums. k advances by one
-//          unit (64 inputs) a stage of a ring of cp.async, each warp fetching its own weights. While mma.sync works on 16 inputs, the next
-//          16 are unpacked and loaded into each register that becomes free.
+//          unit (64 inputs) a stage of a ring of cp.async. While mma.sync works on 16 inputs, the next 16 are unpacked and loaded into
+//          each register that becomes free.
 // Barrier  a warp arrives as a unit begins, saying that it has left the unit before and has its copies of the next, and waits for the
-//          others three quarters of the unit later. __syncthreads instead took 4 to 6 % more time.
+//          others three quarters of the unit later. __syncthreads instead took 5 to 10 % more time.
 // Numbers  as gptq_gemm_wgmma: f16(scale * (code - zero)), and all units of a segment one chain of the tensor core, whose f32 adds
 //          truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16 outputs: 2.1e-4, their rounding).
 // Shared   activations [128][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts; then the units of
 //          the row tiles as they lie in memory. 4 stages (3 where units have more than 544 bytes) in the 99 KB every GPU allows.
 // Cost     an mma takes 6 cycles of its quarter of a multiprocessor, and each other instruction about one more: they do not overlap. A warp
-//          has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 8 copies and their 10 adds, the rest loop.
-// Measured to come
-// Spills   6 registers that only the change from one segment to the next needs.
+//          has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
+// Measured on an H200, compiled for compute_80, us and TFLOP/s; beside it the part of torch.matmul's rate on the unpacked f16 weights, each
+//          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
+//              tokens         65         128        512               1024              2048
+//              [qkv ; up]     73, 76 %   78, 78 %   274, 388, 60 %    531, 401, 62 %    1049, 405, 65 %
+//              [down|dense]   79, 78 %   80, 83 %   277, 381, 68 %    538, 393, 61 %    1003, 422, 65 %
+//          In bursts of six launches, in turns with torch's, which then has 720 to 760: 50 to 53 % from 512 on, 73 to 80 % below.
+//          The kernel before (f32 multiply-adds for each unit): 163, 152 us at 128 tokens, 483, 467 at 512, 1942, 2064 at 2048.
+// Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
+//          16 warps of 32 x 64, 315 to 328. Tiles of 128 x 256, unpacked once into shared memory as f16: 273 where this had 255.
+//          Without unpacking 202 us, without loads from shared memory too 195: what mma.sync alone leaves. mma_peak has 640 TFLOP/s.
+// Short    of 60 % in bursts. An earlier form with two instructions for each copy's address, for this format alone, had 2 to 6 % less time:
+//          1.62 million cycles at 2048 tokens where this has 1.69, in the compiler's other order of the same products.
+// Spills   2 registers, outside the loop over units.
 #include "bulk.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
@@ -29,7 +40,6 @@ constexpr int SHARED_BYTES = 99 * 1024 - 128;  // what a block may have on every
 constexpr int WARPS = GEMM_THREADS / 32;
 constexpr int WARP_TILES = 2, TOKENS = 128;                // of a warp: row tiles, tokens; all warps have the same tokens
 constexpr int TILE_UNITS = WARPS * WARP_TILES;             // row tiles of a block
-constexpr int COLUMNS = TOKENS / 8, PAIRS = COLUMNS / 2;   // n8 tiles, and pairs of them
 constexpr int TOKEN_BYTES = UNIT_INPUTS * 2, X_BYTES = TOKENS * TOKEN_BYTES;
 static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE, "the caller makes room");
 
@@ -41,7 +51,6 @@ struct GemmShape {
     static constexpr int STAGE_BYTES = X_BYTES + TILE_UNITS * BYTES;
     static constexpr int STAGES = SHARED_BYTES / STAGE_BYTES < 4 ? 3 : 4, RING_BYTES = STAGES * STAGE_BYTES;
     static_assert(RING_BYTES <= SHARED_BYTES);
-    static constexpr int ARRIVE = STAGES < 4 ? 2 : 0;  // the step at which a warp waits for its copies of the next unit
 };
 
 struct GemmParams {
@@ -50,6 +59,8 @@ struct GemmParams {
 };
 
 #if !PEREGRINE_WGMMA
+
+constexpr int COLUMNS = TOKENS / 8, PAIRS = COLUMNS / 2;  // n8 tiles, and pairs of them
 
 struct TilePlace {
     uint32_t tile0, token0, slice;  // row tile of 16
@@ -157,6 +168,7 @@ struct Operands {
 template <class Shape>
 __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid_constant__ GemmParams g) {
     constexpr int STAGES = Shape::STAGES;
+    constexpr int ARRIVE = STAGES < 4 ? 2 : 0;  // the step at which a warp waits for its copies of the next unit
     extern __shared__ __align__(128) uint8_t smem[];
     __shared__ uint64_t all;  // a phase a unit: every warp has left the unit before, and its copies of the next one are there
     const uint32_t ring = smem_address(smem), barrier = kept(smem_address(&all));
@@ -200,7 +212,7 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
                 for (int step = 0; step < STEPS; step++) {
                     // Multiplies what is there, and each register that is free gets the next step's value.
                     const int to = (step + 1) % STEPS;
-                    if (step == Shape::ARRIVE) {
+                    if (step == ARRIVE) {
                         cp_async_wait<STAGES - 3>();
                         __syncwarp();
                         if (lane == 0) asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
