@@ -18,8 +18,9 @@
 //          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
 //              tokens         65         128        512               1024              2048
 //              [qkv ; up]     73, 76 %   78, 78 %   274, 388, 60 %    531, 401, 62 %    1049, 405, 65 %
-//              [down|dense]   79, 78 %   80, 83 %   277, 381, 68 %    538, 393, 61 %    1003, 422, 65 %
+//              [down|dense]   79, 78 %   80, 83 %   277, 381, 62 %*   538, 393, 61 %    1003, 422, 65 %
 //          In bursts of six launches, in turns with torch's, which then has 720 to 760: 50 to 53 % from 512 on, 73 to 80 % below.
+//          Groups of 32, zero points, both: 1.01, 1.01, 1.07 of the time. (*) of what torch had in two other runs; in this one it was slow, 68 %.
 //          The kernel before (f32 multiply-adds for each unit): 163, 152 us at 128 tokens, 483, 467 at 512, 1942, 2064 at 2048.
 // Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
 //          16 warps of 32 x 64, 315 to 328. Tiles of 128 x 256, unpacked once into shared memory as f16: 273 where this had 255.
