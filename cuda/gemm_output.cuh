@@ -3,6 +3,7 @@
 // acc[n][e] of lane l of a warp: row l / 4 (e < 2) or l / 4 + 8 of the warp's row tile, token 8 n + 2 (l % 4) + e % 2. Shape says how many
 // TOKENS a tile has, and how many warpgroups (GROUPS) share it.
 #pragma once
+#include "gelu.cuh"
 #include "units.cuh"
 #include "wgmma.cuh"
 
@@ -51,17 +52,6 @@ __device__ __forceinline__ void take_sums(const GptqMatmulParams& p, typename Sh
             acc[n][0] += v.x, acc[n][1] += v.y, acc[n][2] += v.z, acc[n][3] += v.w;
         }
     }
-}
-
-// GELU by erfc(z) = t (c1 + t (c2 + ...)) exp(-z^2), t = 1 / (1 + p z), z = |v| / sqrt 2 (Abramowitz and Stegun 7.1.26: within 1.5e-7);
-// 14 instructions where erff takes some 30, and no branch.
-__device__ __forceinline__ float gelu_quick(float v) {
-    float t, e;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(fabsf(v), 0.3275911f * 0.70710678f, 1.f)));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * v * (-0.5f * 1.44269504f)));
-    const float tail = fmaf(t, fmaf(t, fmaf(t, 0.5307027145f, -0.7265760135f), 0.7107068705f), -0.142248368f);
-    const float half_erfc = t * e * fmaf(t, tail, 0.127414796f);
-    return fmaxf(v, 0.f) - fabsf(v) * half_erfc;
 }
 
 // One row tile's sums as f16, 16 tokens at a time through shared memory, so that a token's 16 rows are stored as one sector.

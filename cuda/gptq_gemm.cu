@@ -1,183 +1,293 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..2048, made for more than 64 (gptq_batch). On sm_90a gptq_gemm_wgmma.cu does the work instead.
-// Reads    W once per 128 (with two scales a row 64) tokens, x once per 128 rows, through L2.   Writes see GptqOutput.
-// Mapping  one block = 128 rows x TOKENS tokens, 8 warps as 4 (rows) x 2 (tokens): a warp has 32 rows x TOKENS / 2. k advances by
-//          one unit (64 inputs) a step; three steps of cp.async are in flight. Weights are mma's A operand: a warp unpacks its two
-//          row tiles once a unit and uses them for all its tokens.
-// Numbers  codes are turned into the exact f16 integers code - zero; 64 (32) inputs are summed by the tensor core, then
-//          acc += scale * chain in f32: no f16 rounding of a weight, and no long tensor-core chain (its f32 adds truncate).
-// Shared   activations [TOKENS][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts.
-// Measured 222 TFLOP/s ([qkv ; up]) and 237 (5 slices) at 512 tokens, 229 and 218 at 2048, 166 and 174 at 128; H200, compiled for
-//          compute_80: 24 to 41 % of what torch.matmul does there with f16 weights and wgmma. One block of 8 warps an SM issues in 40 %
-//          of the cycles: latencies, probably of unpacking and barriers, are not hidden.
-// Tried    addresses computed anew each step and two chains of mma at a time: 576 and (unsliced) 882 us at 512 tokens, now 487 and 753.
-// Floor    27.1 TFLOP for 2048 tokens of Falcon-7B: 36 ms at 750 TFLOP/s; mma.sync is said to reach about 60 % of wgmma on Hopper.
+// Shapes   as gptq_gemv; any number of tokens, made for more than 64 (gptq_batch); out_stride and gelu_stride even. On sm_90a
+//          gptq_gemm_wgmma.cu does the work instead.
+// Reads    W once per 128 tokens, x once per 256 rows, through L2.   Writes see GptqOutput.
+// Mapping  one block of 8 warps a multiprocessor, which stays for the whole product (gemm_plan.cuh). A tile is 256 rows x 128 tokens; a
+//          warp has 32 rows of it and all tokens, so that each weight is unpacked once a tile: 128 registers of sums. k advances by one
+//          unit (64 inputs) a stage of a ring of cp.async. While mma.sync works on 16 inputs, the next 16 are unpacked and loaded into
+//          each register that becomes free.
+// Barrier  a warp arrives as a unit begins, saying that it has left the unit before and has its copies of the next, and waits for the
+//          others three quarters of the unit later. __syncthreads instead took 5 to 10 % more time.
+// Numbers  as gptq_gemm_wgmma: f16(scale * (code - zero)), and all units of a segment one chain of the tensor core, whose f32 adds
+//          truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16 outputs: 2.1e-4, their rounding).
+// Shared   activations [128][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts; then the units of
+//          the row tiles as they lie in memory. 4 stages (3 where units have more than 544 bytes) in the 99 KB every GPU allows.
+// Cost     an mma takes 6 cycles of its quarter of a multiprocessor, and each other instruction about one more: they do not overlap. A warp
+//          has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
+// Measured on an H200, compiled for compute_80, us and TFLOP/s; beside it the part of torch.matmul's rate on the unpacked f16 weights, each
+//          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
+//              tokens         65         128        512               1024              2048
+//              [qkv ; up]     73, 76 %   78, 78 %   274, 388, 60 %    531, 401, 62 %    1049, 405, 65 %
+//              [down|dense]   79, 78 %   80, 83 %   277, 381, 62 %*   538, 393, 61 %    1003, 422, 65 %
+//          In bursts of six launches, in turns with torch's, which then has 720 to 760: 50 to 53 % from 512 on, 73 to 80 % below.
+//          Groups of 32, zero points, both: 1.01, 1.01, 1.07 of the time. (*) of what torch had in two other runs; in this one it was slow, 68 %.
+//          The kernel before (f32 multiply-adds for each unit): 163, 152 us at 128 tokens, 483, 467 at 512, 1942, 2064 at 2048.
+// Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
+//          16 warps of 32 x 64, 315 to 328. Tiles of 128 x 256, unpacked once into shared memory as f16: 273 where this had 255.
+//          Without unpacking 202 us, without loads from shared memory too 195: what mma.sync alone leaves. mma_peak has 640 TFLOP/s.
+// Short    of 60 % in bursts. An earlier form with two instructions for each copy's address, for this format alone, had 2 to 6 % less time:
+//          1.62 million cycles at 2048 tokens where this has 1.69, in the compiler's other order of the same products.
+// Spills   2 registers, outside the loop over units.
+#include "bulk.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
+#include "mma_output.cuh"
 #include "units.cuh"
+#include "wgmma.cuh"
 
 namespace {
 
-constexpr int WARPS = 8;
-constexpr int THREADS = WARPS * 32;
-constexpr int BLOCK_TILES = 8;  // row tiles: 128 rows
-constexpr int WARP_TILES = 2;
-constexpr int STAGES = 4;
-constexpr int COLUMN_PAIR = 2;  // n8 tiles whose chains run side by side
+constexpr int SHARED_BYTES = 99 * 1024 - 128;  // what a block may have on every GPU from sm_80 on, without the barrier
+constexpr int WARPS = GEMM_THREADS / 32;
+constexpr int WARP_TILES = 2, TOKENS = 128;                // of a warp: row tiles, tokens; all warps have the same tokens
+constexpr int TILE_UNITS = WARPS * WARP_TILES;             // row tiles of a block
+constexpr int TOKEN_BYTES = UNIT_INPUTS * 2, X_BYTES = TOKENS * TOKEN_BYTES;
+static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE, "the caller makes room");
 
-// What one thread copies of each stage: pointers for unit 0, fixed for the whole product, so that a step costs a few adds.
-template <int BYTES, int TOKENS>
-struct StageSource {
-    static constexpr int UNIT_CHUNKS = BYTES / 16;                                                // of a row tile
-    static constexpr int W_CHUNKS = (BLOCK_TILES * UNIT_CHUNKS + THREADS - 1) / THREADS;          // a thread, at most
-    static constexpr int X_CHUNKS = TOKENS * 8 / THREADS;
-    const uint8_t* w[W_CHUNKS];
-    const uint16_t* x[X_CHUNKS];
-    bool w_valid[W_CHUNKS], x_valid[X_CHUNKS];
+template <int SCALES_, bool ZEROS_>
+struct GemmShape {
+    static constexpr int SCALES = SCALES_;
+    static constexpr bool ZEROS = ZEROS_;
+    static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
+    static constexpr int STAGE_BYTES = X_BYTES + TILE_UNITS * BYTES;
+    static constexpr int STAGES = SHARED_BYTES / STAGE_BYTES < 4 ? 3 : 4, RING_BYTES = STAGES * STAGE_BYTES;
+    static_assert(RING_BYTES <= SHARED_BYTES);
+};
 
-    __device__ StageSource(const GptqMatmulParams& p, uint32_t tile0, uint32_t token0) {
-        const uint32_t tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
+struct GemmParams {
+    GptqMatmulParams p;
+    GemmPlan plan;
+};
+
+#if !PEREGRINE_WGMMA
+
+constexpr int COLUMNS = TOKENS / 8, PAIRS = COLUMNS / 2;  // n8 tiles, and pairs of them
+
+struct TilePlace {
+    uint32_t tile0, token0, slice;  // row tile of 16
+    __device__ __forceinline__ TilePlace(const GemmPlan& plan, uint32_t tile)
+        : tile0(tile / plan.token_tiles % plan.row_tiles * TILE_UNITS), token0(tile % plan.token_tiles * TOKENS),
+          slice(tile / plan.token_tiles / plan.row_tiles) {}
+};
+
+// Keeps the compiler from computing a value anew at each use.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
+// A thread's part of the copies: all units of the block's segments, in order.
+template <class Shape>
+class Fetch {
+    static constexpr uint32_t CHUNKS = Shape::BYTES / 16, W_CHUNKS = TILE_UNITS * CHUNKS;  // of 16 bytes: of a unit, of a stage
+    static constexpr int W_COPIES = (W_CHUNKS + GEMM_THREADS - 1) / GEMM_THREADS, X_COPIES = X_BYTES / 16 / GEMM_THREADS;
+    const GemmParams& g;
+    GemmWalk walk;
+    const uint8_t *w, *x;                           // of the unit to come: of the matrix's first row tile, of token 0
+    uint32_t w_chunk[W_COPIES], x_chunk[X_COPIES];  // this thread's, counted from there
+    uint32_t w_to, x_to;                            // in the first stage
+    uint32_t live = 1, last;                        // whether there are units to come; and this thread has a chunk of the last W_COPIES
+
+    __device__ __forceinline__ static void copy(uint32_t to, const uint8_t* from, uint32_t wanted) {
+        asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to), "l"(from), "r"(wanted)
+                     : "memory");
+    }
+
+public:
+    uint32_t units;  // left of the segment
+
+    __device__ __forceinline__ Fetch(const GemmParams& g, uint32_t share_index, uint32_t ring) : g(g), walk(g.plan, share_index) {
+        w_to = kept(ring + X_BYTES + threadIdx.x * 16);
+        x_to = kept(ring + threadIdx.x / 8 * TOKEN_BYTES + (threadIdx.x % 8 ^ threadIdx.x / 8 % 8) * 16);
+        last = threadIdx.x < W_CHUNKS - (W_COPIES - 1) * GEMM_THREADS;
+        next();
+    }
+
+    // On to the next segment. After the last there is nothing to copy, for ever.
+    __device__ __forceinline__ void next() {
+        GemmSegment s;
+        if (!walk.next(s)) {
+            live = last = 0, units = ~0u;
+            return;
+        }
+        const TilePlace place(g.plan, s.tile);
+        units = s.end - s.begin;
+        w = g.p.w.units + (size_t)s.begin * Shape::BYTES;
+        x = reinterpret_cast<const uint8_t*>(g.p.x) + (size_t)s.begin * TOKEN_BYTES;
+        // A row tile, or a token, that is not there: the last one again.
 #pragma unroll
-        for (int i = 0; i < W_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = c / UNIT_CHUNKS, j = c % UNIT_CHUNKS;
-            w_valid[i] = tile0 + t < tiles;
-            w[i] = p.w.units + (size_t)(w_valid[i] ? tile0 + t : 0) * k_units * BYTES + j * 16;
+        for (int i = 0; i < W_COPIES; i++) {
+            const uint32_t c = i * GEMM_THREADS + threadIdx.x, tile = min(place.tile0 + c / CHUNKS, g.p.w.n / UNIT_ROWS - 1);
+            w_chunk[i] = tile * g.plan.k_units * CHUNKS + c % CHUNKS;
         }
 #pragma unroll
-        for (int i = 0; i < X_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = token0 + c / 8;
-            x_valid[i] = t < p.tokens;
-            x[i] = p.x + (size_t)(x_valid[i] ? t : 0) * p.x_stride + c % 8 * 8;
+        for (int i = 0; i < X_COPIES; i++) {
+            const uint32_t token = min(place.token0 + (i * GEMM_THREADS + threadIdx.x) / 8, g.p.tokens - 1);
+            x_chunk[i] = token * (g.p.x_stride / 8) + threadIdx.x % 8;
         }
     }
 
-    // Asks for unit u.
-    __device__ void request(uint32_t stage, uint32_t u) const {
+    // Asks for a unit, into the stage at this offset.
+    __device__ __forceinline__ void request(uint32_t stage) {
 #pragma unroll
-        for (int i = 0; i < W_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x;
-            if (c < BLOCK_TILES * UNIT_CHUNKS) cp_async(stage + c * 16, w[i] + (size_t)u * BYTES, w_valid[i]);
-        }
+        for (int i = 0; i < X_COPIES; i++) copy(stage + x_to + i * GEMM_THREADS * 16, x + (size_t)x_chunk[i] * 16, live);
 #pragma unroll
-        for (int i = 0; i < X_CHUNKS; i++) {
-            const uint32_t c = i * THREADS + threadIdx.x, t = c / 8;
-            const uint32_t to = stage + BLOCK_TILES * BYTES + t * 128 + ((c % 8) ^ (t % 8)) * 16;
-            cp_async(to, x[i] + (size_t)u * UNIT_INPUTS, x_valid[i]);
-        }
+        for (int i = 0; i < W_COPIES; i++)
+            copy(stage + w_to + i * GEMM_THREADS * 16, w + (size_t)w_chunk[i] * 16, i == W_COPIES - 1 ? last : live);
+        cp_async_commit();
+        x += TOKEN_BYTES, w += Shape::BYTES;
     }
 };
 
-// The B registers of two n8 tiles, tokens `token0 ..` of a stage.
-__device__ __forceinline__ void load_columns(uint32_t b[COLUMN_PAIR][8], uint32_t x, uint32_t token0, uint32_t lane) {
+// What a warp needs for the next step of 16 inputs.
+template <class Shape>
+struct Operands {
+    static constexpr int RUN = STEPS / Shape::SCALES;  // steps that share a scale
+    uint32_t a[2][WARP_TILES][4];                      // of even and of odd steps
+    uint32_t b[PAIRS][4];
+    uint4 codes[WARP_TILES];
+    __half2 scale[WARP_TILES], zero[WARP_TILES];
+
+    __device__ __forceinline__ void load_codes(const uint8_t* from) {
 #pragma unroll
-    for (int q = 0; q < COLUMN_PAIR; q++) {
-        const uint32_t t = token0 + q * 8 + lane % 8;
-        ldmatrix(b[q], x + t * 128 + ((lane / 8) ^ (t % 8)) * 16);
-        ldmatrix(b[q] + 4, x + t * 128 + ((lane / 8 + 4) ^ (t % 8)) * 16);
+        for (int i = 0; i < WARP_TILES; i++) codes[i] = *reinterpret_cast<const uint4*>(from + i * Shape::BYTES);
     }
-}
+    __device__ __forceinline__ void load_scales(const uint8_t* from, int run) {
+#pragma unroll
+        for (int i = 0; i < WARP_TILES; i++) {
+            const uint8_t* q = from + i * Shape::BYTES + run * UNIT_SCALE_BYTES;
+            scale[i] = *reinterpret_cast<const __half2*>(q);
+            if (Shape::ZEROS) zero[i] = *reinterpret_cast<const __half2*>(q + Shape::SCALES * UNIT_SCALE_BYTES);
+        }
+    }
+    __device__ __forceinline__ void unpack(int i, int step) {
+        const uint32_t words[STEPS] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
+    }
+};
 
-template <int SCALES, bool ZEROS, int TOKENS>
-__global__ void __launch_bounds__(THREADS, 1) gptq_gemm_kernel(const __grid_constant__ GptqMatmulParams p) {
-    overlap_next();
-    constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
-    constexpr int STAGE_BYTES = BLOCK_TILES * BYTES + TOKENS * 128;
-    constexpr int COLUMNS = TOKENS / 16;  // n8 tiles of a warp
-    extern __shared__ __align__(16) uint8_t smem[];
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t warp_tile = warp / 2 * WARP_TILES, warp_token = warp % 2 * (TOKENS / 2);
-    const uint32_t token0 = blockIdx.x * TOKENS, tile0 = blockIdx.y * BLOCK_TILES, slice = blockIdx.z;
-    const uint32_t k_units = p.w.k / UNIT_INPUTS, slice_units = (k_units + p.slices - 1) / p.slices;
-    const uint32_t begin = slice * slice_units, end = min(begin + slice_units, k_units);
+template <class Shape>
+__global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid_constant__ GemmParams g) {
+    constexpr int STAGES = Shape::STAGES;
+    constexpr int ARRIVE = STAGES < 4 ? 2 : 0;  // the step at which a warp waits for its copies of the next unit
+    extern __shared__ __align__(128) uint8_t smem[];
+    __shared__ uint64_t all;  // a phase a unit: every warp has left the unit before, and its copies of the next one are there
+    const uint32_t ring = smem_address(smem), barrier = kept(smem_address(&all));
+    const uint32_t warp_tile = threadIdx.x / 32 * WARP_TILES, lane = threadIdx.x % 32, share_index = gridDim.x - 1 - blockIdx.x;
+    // ldmatrix: lane l names token l % 8 of matrix l / 8: inputs 8 (l / 8 % 2), tokens 8 (l / 16) of a pair of columns.
+    const uint32_t x_from = kept(ring + (lane / 16 * 8 + lane % 8) * TOKEN_BYTES + (lane / 8 % 2 ^ lane % 8) * 16);
+    const uint32_t w_from = kept(X_BYTES + warp_tile * Shape::BYTES + lane * 16);
+    const uint32_t q_from = kept(X_BYTES + warp_tile * Shape::BYTES + UNIT_CODE_BYTES + lane / 4 * 4);
+    if (threadIdx.x == 0) barrier_init(&all, WARPS);
 
-    const StageSource<BYTES, TOKENS> source(p, tile0, token0);
-    float acc[WARP_TILES][COLUMNS][4] = {};
     wait_previous();
+    Fetch<Shape> fetch(g, share_index, ring);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (begin + i < end) source.request(smem_address(smem) + i * STAGE_BYTES, begin + i);
-        cp_async_commit();
+        if (fetch.units == 0) fetch.next();
+        fetch.request(i * Shape::STAGE_BYTES);
+        fetch.units--;
     }
-    for (uint32_t u = begin; u < end; u++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();  // unit u has arrived for all, and all have left the stage that is refilled below
-        if (u + STAGES - 1 < end)
-            source.request(smem_address(smem) + (u - begin + STAGES - 1) % STAGES * STAGE_BYTES, u + STAGES - 1);
-        cp_async_commit();
+    uint32_t at = 0, refill = (STAGES - 1) * Shape::STAGE_BYTES, parity = 0;  // offsets of the stages that are read and filled
+    const auto after = [](uint32_t stage) { return stage == (STAGES - 1) * Shape::STAGE_BYTES ? 0 : stage + Shape::STAGE_BYTES; };
+    Operands<Shape> next;
+    cp_async_wait<STAGES - 2>();
+    __syncthreads();
+    next.load_codes(smem + w_from);
+    next.load_scales(smem + q_from, 0);
+#pragma unroll
+    for (int j = 0; j < PAIRS; j++) ldmatrix(next.b[j], x_from + j * 16 * TOKEN_BYTES);
+#pragma unroll
+    for (int i = 0; i < WARP_TILES; i++) next.unpack(i, 0);
 
-        const uint8_t* stage = smem + (u - begin) % STAGES * STAGE_BYTES;
-        uint32_t a[WARP_TILES][STEPS][4];
-        float2 scale[WARP_TILES][SCALES];
+    GemmSegment s;
+    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+        float acc[WARP_TILES * COLUMNS][4] = {};
+        for (uint32_t units = s.end - s.begin; units > 0;) {
+            if (fetch.units == 0) fetch.next();
+            uint32_t n = min(units, fetch.units);  // in which neither segment ends
+            units -= n, fetch.units -= n;
+#pragma unroll 1
+            for (; n > 0; n--) {
 #pragma unroll
-        for (int t = 0; t < WARP_TILES; t++) {
-            const uint8_t* unit = stage + (warp_tile + t) * BYTES;
-            const uint4 codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
-            const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+                for (int step = 0; step < STEPS; step++) {
+                    // Multiplies what is there, and each register that is free gets the next step's value.
+                    const int to = (step + 1) % STEPS;
+                    if (step == ARRIVE) {
+                        cp_async_wait<STAGES - 3>();
+                        __syncwarp();
+                        if (lane == 0) asm volatile("{.reg .b64 t; mbarrier.arrive.shared.b64 t, [%0];}" ::"r"(barrier) : "memory");
+                    }
+                    if (to == 0) {
+                        while (!barrier_test(barrier, parity)) {
+                        }
+                        parity ^= 1;
+                        at = after(at);
+                        next.load_codes(smem + at + w_from);
+                    }
+                    if (to % Operands<Shape>::RUN == 0) next.load_scales(smem + at + q_from, to / Operands<Shape>::RUN);
+                    const uint32_t x = (at + x_from) ^ (to * 32);
 #pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                const uint8_t* q = unit + UNIT_CODE_BYTES + h * UNIT_SCALE_BYTES + lane / 4 * 4;
-                scale[t][h] = __half22float2(*reinterpret_cast<const __half2*>(q));
-                const __half2 zero = ZEROS ? *reinterpret_cast<const __half2*>(q + SCALES * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
-                const ExactBias bias(zero);
+                    for (int j = 0; j < PAIRS; j++) {
+                        if (to == 0 && j == 1) {
+                            fetch.request(refill);
+                            refill = after(refill);
+                        }
 #pragma unroll
-                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_exact(words[s], bias, a[t][s]);
+                        for (int i = 0; i < WARP_TILES; i++)
+#pragma unroll
+                            for (int q = 0; q < 2; q++)
+                                mma(acc[i * COLUMNS + j * 2 + q], next.a[step % 2][i], next.b[j][q * 2], next.b[j][q * 2 + 1]);
+                        ldmatrix(next.b[j], x + j * 16 * TOKEN_BYTES);
+                        if (j % (PAIRS / WARP_TILES) == 0) next.unpack(j / (PAIRS / WARP_TILES), to);
+                    }
+                }
             }
         }
-        const uint32_t x = smem_address(stage + BLOCK_TILES * BYTES);
-        uint32_t b[2][COLUMN_PAIR][8];  // of this pair of columns and the next
-        load_columns(b[0], x, warp_token, lane);
+        if (!s.owner) {
+            give_sums(g.p, acc, share_index);
+            continue;
+        }
+        if (!s.complete) {
+            const uint32_t tile_end = (s.tile - g.plan.whole + 1) * g.plan.k_units;
+            uint32_t end = share_index + 1;
+            while (end < g.plan.blocks && g.plan.share(end) < tile_end) end++;
+            take_sums(g.p, acc, share_index + 1, end);
+        }
+        const TilePlace place(g.plan, s.tile);
 #pragma unroll
-        for (int j = 0; j < COLUMNS; j += COLUMN_PAIR) {
-            const int now = j / COLUMN_PAIR % 2;
-            if (j + COLUMN_PAIR < COLUMNS) load_columns(b[1 - now], x, warp_token + (j + COLUMN_PAIR) * 8, lane);
-#pragma unroll
-            for (int h = 0; h < SCALES; h++) {
-                // Four chains at once (two row tiles, two columns): one chain is a sequence of latencies.
-                constexpr int CHAIN = STEPS / SCALES;
-                float c[WARP_TILES][COLUMN_PAIR][4] = {};
-#pragma unroll
-                for (int s = h * CHAIN; s < (h + 1) * CHAIN; s++)
-#pragma unroll
-                    for (int i = 0; i < WARP_TILES; i++)
-#pragma unroll
-                        for (int q = 0; q < COLUMN_PAIR; q++) mma(c[i][q], a[i][s], b[now][q][2 * s], b[now][q][2 * s + 1]);
-#pragma unroll
-                for (int i = 0; i < WARP_TILES; i++)
-#pragma unroll
-                    for (int q = 0; q < COLUMN_PAIR; q++)
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            acc[i][j + q][e] = fmaf(e < 2 ? scale[i][h].x : scale[i][h].y, c[i][q][e], acc[i][j + q][e]);
-            }
+        for (int i = 0; i < WARP_TILES; i++) {
+            const uint32_t row = (place.tile0 + warp_tile + i) * UNIT_ROWS;
+            if (row >= g.p.w.n) continue;
+            const auto& sums = reinterpret_cast<const float(&)[COLUMNS][4]>(acc[i * COLUMNS]);
+            if (g.p.y.partials || g.p.y.residual) store_floats(g.p, place.slice, row, place.token0, sums);
+            else store_halves(g.p, row, place.token0, sums);
         }
     }
-
-#pragma unroll
-    for (int i = 0; i < WARP_TILES; i++) {
-        const uint32_t tile = tile0 + warp_tile + i;
-        if (tile >= p.w.n / UNIT_ROWS) continue;
-#pragma unroll
-        for (int j = 0; j < COLUMNS; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const uint32_t row = tile * UNIT_ROWS + lane / 4 + c / 2 * 8;
-                const uint32_t m = token0 + warp_token + j * 8 + lane % 4 * 2 + c % 2;
-                if (m < p.tokens) store_output(p.y, p.w.n, p.tokens, slice, m, row, acc[i][j][c]);
-            }
-    }
+    cp_async_wait<0>();
 }
 
-template <int SCALES, bool ZEROS, int TOKENS>
-int32_t run(const GptqMatmulParams* p, const Launch* l) {
-    constexpr size_t smem = (size_t)STAGES * (BLOCK_TILES * unit_bytes<SCALES, ZEROS>() + TOKENS * 128);
-    const dim3 grid((p->tokens + TOKENS - 1) / TOKENS, (p->w.n / UNIT_ROWS + BLOCK_TILES - 1) / BLOCK_TILES, p->slices);
-    return launch(gptq_gemm_kernel<SCALES, ZEROS, TOKENS>, grid, THREADS, smem, l, *p);
-}
+#else
+
+template <class Shape>
+__global__ void gptq_gemm_kernel(const __grid_constant__ GemmParams) {}
+
+#endif
 
 template <int SCALES, bool ZEROS>
-int32_t run_tokens(const GptqMatmulParams* p, const Launch* l) {
-    // With two scales a row (group 32) the 128-token tile would spill.
-    return run<SCALES, ZEROS, SCALES == 1 ? 128 : 64>(p, l);
+int32_t run(const GptqMatmulParams* p, const Launch* l) {
+    using Shape = GemmShape<SCALES, ZEROS>;
+    const bool halves = !p->y.partials && !p->y.residual;
+    if (halves && (p->y.out_stride % 2 || p->y.gelu_stride % 2)) return PEREGRINE_BAD_SHAPE;  // 4-byte stores
+    int device = 0, multiprocessors = 0;
+    cudaError_t e = cudaGetDevice(&device);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (e != cudaSuccess) return (int32_t)e;
+    const uint32_t row_tiles = (p->w.n / UNIT_ROWS + TILE_UNITS - 1) / TILE_UNITS, token_tiles = (p->tokens + TOKENS - 1) / TOKENS;
+    const GemmPlan plan(row_tiles, token_tiles, p->slices, p->w.k / UNIT_INPUTS, (uint32_t)multiprocessors,
+                        p->split_sums && p->split_flags);
+    const GemmParams g = {*p, plan};
+    return launch(gptq_gemm_kernel<Shape>, dim3(plan.blocks), GEMM_THREADS, Shape::RING_BYTES, l, g);
 }
 
 }  // namespace
@@ -191,10 +301,10 @@ extern "C" int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l) {
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
     if (const uint32_t multiprocessors = gptq_gemm_wgmma_multiprocessors()) return gptq_gemm_wgmma(p, l, multiprocessors);
     switch (w.scales_per_row * 2 + w.has_zeros) {
-        case 2: return run_tokens<1, false>(p, l);
-        case 3: return run_tokens<1, true>(p, l);
-        case 4: return run_tokens<2, false>(p, l);
-        case 5: return run_tokens<2, true>(p, l);
+        case 2: return run<1, false>(p, l);
+        case 3: return run<1, true>(p, l);
+        case 4: return run<2, false>(p, l);
+        case 5: return run<2, true>(p, l);
         default: return PEREGRINE_BAD_SHAPE;
     }
 }

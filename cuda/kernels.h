@@ -23,8 +23,8 @@ extern "C" {
 #define PEREGRINE_HEAD_DIM 64
 #define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
 #define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
-#define PEREGRINE_GEMM_TILE 32768  // most sums of a tile of gptq_gemm on sm_90
-#define PEREGRINE_GEMM_GROUPS 4    // most warpgroups they are spread over
+#define PEREGRINE_GEMM_TILE 32768  // most sums of a tile of gptq_gemm
+#define PEREGRINE_GEMM_GROUPS 4    // most groups of four warps they are spread over
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 16      // most ids that end a generation on the device
@@ -89,7 +89,7 @@ typedef struct GptqMatmulParams {
     uint32_t tokens;
     uint32_t slices;     // K slices: 1, or more with partials
     GptqOutput y;
-    // Only gptq_gemm uses these, on sm_90, to spread a product evenly over the GPU; without them it takes whole tiles:
+    // Only gptq_gemm uses these, to spread a product evenly over the GPU; without them it takes whole tiles:
     float* split_sums;     // [multiprocessors, GEMM_TILE]: sums of tiles that blocks share
     uint32_t* split_flags; // [multiprocessors, GEMM_GROUPS], zero before and after
 } GptqMatmulParams;

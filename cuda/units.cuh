@@ -66,6 +66,7 @@ __device__ __forceinline__ uint32_t mask_or(uint32_t w) {
 // What unpack_exact adds, for zero points (row g, row g + 8).
 struct ExactBias {
     __half2 low, high;
+    __device__ __forceinline__ ExactBias() : low(as_half2(0xe408e408u)), high(as_half2(0xd480d480u)) {}  // of zero points 8
     __device__ __forceinline__ explicit ExactBias(__half2 zero)
         : low(__hsub2(__float2half2_rn(-1024.f), __low2half2(zero))), high(__hsub2(__float2half2_rn(-64.f), __high2half2(zero))) {}
 };
@@ -79,6 +80,14 @@ __device__ __forceinline__ void unpack_exact(uint32_t w, const ExactBias& bias, 
     a[1] = as_u32(__hfma2(as_half2(mask_or<0x00f000f0>(w)), sixteenth, bias.high));
     a[2] = as_u32(__hadd2(as_half2(mask_or<0x000f000f>(v)), bias.low));
     a[3] = as_u32(__hfma2(as_half2(mask_or<0x00f000f0>(v)), sixteenth, bias.high));
+}
+
+// The A registers of step word w as f16(scale * (code - zero)), AutoGPTQ's own definition of a weight.
+__device__ __forceinline__ void unpack_weights(uint32_t w, __half2 scale, const ExactBias& bias, uint32_t a[4]) {
+    unpack_exact(w, bias, a);
+    const __half2 low = __low2half2(scale), high = __high2half2(scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = as_u32(__hmul2(as_half2(a[i]), i % 2 ? high : low));
 }
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }

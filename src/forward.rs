@@ -18,7 +18,7 @@ use crate::gpu::ops::{
 };
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
-use crate::scratch::Scratch;
+use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
@@ -76,7 +76,7 @@ impl Pass<'_> {
             let s = &mut *self.scratch;
             let sum =
                 PendingSum { partials: &s.partials, slices: s.slices, bias: layer.down_dense_bias.as_ref() };
-            let pending = (m <= s.partial_tokens).then_some(sum);
+            let pending = (m <= PARTIAL_TOKENS).then_some(sum);
             ops::layernorm(stream, next_norm, &mut s.x, pending, m, &mut s.normed)?;
         }
         Ok(())
@@ -188,7 +188,7 @@ impl Pass<'_> {
             }
             _ => &s.wide,
         };
-        let (slices, output) = if m <= s.partial_tokens {
+        let (slices, output) = if m <= PARTIAL_TOKENS {
             (s.slices, MatmulOutput::Partials(&mut s.partials))
         } else {
             (1, MatmulOutput::Residual { x: &mut s.x, bias: layer.down_dense_bias.as_ref() })

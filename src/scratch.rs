@@ -7,7 +7,7 @@
 //! | `normed` | [tokens, hidden] f16 | 19 MB | output of a norm |
 //! | `qkv` | [tokens, heads + 2, 64] f16 | 19 MB | queries, key, value |
 //! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
-//! | `partials` | [slices, <= 64 tokens (512 before sm_90), hidden] f32 | 5.8 MB | sums of K slices |
+//! | `partials` | [slices, <= 64 tokens, hidden] f32 | 5.8 MB | sums of K slices |
 //! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
 //! | `logits` | [64, vocab] f32 | 17 MB | of one `head` call; sampling reads row m for token m of a step |
 
@@ -17,10 +17,8 @@ use crate::gpu::ops::{self, AttnScratch, BATCH_TOKENS, GEMV_TOKENS, STEP_TOKEN_W
 use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
-/// blocks, and slices are what fills the GPU. Where `gptq_gemm` fills it by itself, only the kernels for few tokens slice.
-pub(crate) fn partial_tokens(stream: &Stream) -> usize {
-    if stream.splits_products() { BATCH_TOKENS } else { 512 }
-}
+/// blocks, and slices are what fills the GPU. `gptq_gemm`, for more tokens, fills it by itself.
+pub(crate) const PARTIAL_TOKENS: usize = BATCH_TOKENS;
 
 pub(crate) struct Scratch {
     /// Tokens there is room for.
@@ -32,8 +30,6 @@ pub(crate) struct Scratch {
     pub(crate) qkv: DevBuf<u16>,
     pub(crate) wide: DevBuf<u16>,
     pub(crate) partials: DevBuf<f32>,
-    /// Most tokens whose slices are summed apart.
-    pub(crate) partial_tokens: usize,
     pub(crate) slices: usize,
     pub(crate) permuted_normed: Option<DevBuf<u16>>,
     pub(crate) permuted_wide: Option<DevBuf<u16>>,
@@ -52,7 +48,7 @@ impl Scratch {
         act_order: bool,
     ) -> Result<Scratch> {
         let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
-        let (slices, partial_tokens) = (ops::slices(wide), partial_tokens(stream));
+        let slices = ops::slices(wide);
         let permuted = |n: usize| {
             act_order.then(|| DevBuf::zeros(stream, "permuted activations", tokens * n)).transpose()
         };
@@ -63,8 +59,7 @@ impl Scratch {
             normed: DevBuf::zeros(stream, "normed activations", tokens * hidden)?,
             qkv: DevBuf::zeros(stream, "queries, keys, values", tokens * config.qkv_size())?,
             wide: DevBuf::zeros(stream, "mlp and attention activations", tokens * wide)?,
-            partials: DevBuf::zeros(stream, "partial sums", slices * tokens.min(partial_tokens) * hidden)?,
-            partial_tokens,
+            partials: DevBuf::zeros(stream, "partial sums", slices * tokens.min(PARTIAL_TOKENS) * hidden)?,
             slices,
             permuted_normed: permuted(hidden)?,
             permuted_wide: permuted(wide)?,

@@ -189,7 +189,7 @@ impl Gpu {
             inner,
             overlap: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY && !debug.sync,
             sync: debug.sync,
-            splits: cfg!(peregrine_sm90) && self.capability == OVERLAP_CAPABILITY,
+            splits: true,
             split_sums: OnceLock::new(),
         }
     }
@@ -202,7 +202,7 @@ pub struct Stream {
     pub(super) overlap: bool,
     /// `PEREGRINE_SYNC=1`: wait after every launch, so that a fault names its op.
     pub(super) sync: bool,
-    /// `gptq_gemm` spreads a product over all multiprocessors, given room for [`SplitSums`].
+    /// `gptq_gemm` is given room for [`SplitSums`], so that it spreads a product over all multiprocessors. Not while capturing.
     splits: bool,
     split_sums: OnceLock<SplitSums>,
 }
@@ -222,11 +222,6 @@ impl Stream {
         // It captures, and nothing may be allocated meanwhile.
         let (splits, split_sums) = (false, OnceLock::new());
         Ok(Stream { inner, overlap: self.overlap, sync: self.sync, splits, split_sums })
-    }
-
-    /// Whether `gptq_gemm` fills the GPU by itself, also where a product has few rows or tokens: no K slices are needed.
-    pub(crate) fn splits_products(&self) -> bool {
-        self.splits
     }
 
     /// Room for shared tiles, allocated when it is first wanted; `None`: this stream's kernels do without.

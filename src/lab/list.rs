@@ -33,7 +33,7 @@ pub fn table(ceilings: Ceilings) -> String {
     let up = format!("[qkv ; up] {} x {HIDDEN}", HIDDEN + 128 + FFN);
     let down = format!("[down | dense] {HIDDEN} x {}", FFN + HIDDEN);
     let other = |op: &str, m: usize| breakdown::other_work(&config, op, m, if m == 1 { BEFORE } else { 0 });
-    // As on Hopper: a prompt's products leave no slices to the norm.
+    // A prompt's products leave no slices to the norm.
     let up_product = |m: usize| breakdown::up_product(&config, m);
     let down_product = |m: usize| breakdown::down_product(&config, m, m == 1);
     let norm = |m: usize| breakdown::layernorm(&config, m, m == 1);

@@ -18,7 +18,7 @@ use crate::gpu::ops::{self, Int4Matrix};
 use crate::gpu::{DevBuf, Gpu, Stream, spans};
 use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS};
 use crate::sampler::Sampling;
-use crate::scratch::partial_tokens;
+use crate::scratch::PARTIAL_TOKENS;
 
 /// Tokens in front of the step that is taken apart.
 const CONTEXT: usize = 128;
@@ -55,7 +55,7 @@ pub struct OpTime {
 pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) -> Result<Vec<OpTime>> {
     let config = engine.config();
     let (context, prompt) = (CONTEXT.min(config.max_positions / 2), PROMPT.min(config.max_positions));
-    let tokens = |m: usize, context: usize| Tokens { m, context, sliced: m <= partial_tokens(stream) };
+    let tokens = |m: usize, context: usize| Tokens { m, context, sliced: m <= PARTIAL_TOKENS };
     let (one, many) = (tokens(1, context), tokens(prompt, 0));
     let busy = Busy::new(gpu, stream)?;
     let mut sum = DevBuf::<f32>::zeros(stream, "sum", 1)?;

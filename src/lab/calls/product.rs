@@ -76,7 +76,7 @@ fn shapes(kernel: MatmulKernel, timing: bool) -> Vec<Shape> {
         MatmulKernel::Batch => BATCH_TOKENS,
         MatmulKernel::Gemm => 0,
     };
-    // As the forward pass has it on Hopper: a few tokens leave their slices to the norm.
+    // As the forward pass has it: a few tokens leave their slices to the norm.
     let down = |m: usize| Shape::down(m, if m <= few { Form::Partials } else { Form::Residual });
     let pair = |m: usize| [Shape::up(m), down(m)];
     if timing {
