@@ -54,10 +54,4 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;"
         ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "l"(hint) : "memory");
 }
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t c0, uint32_t c1, uint32_t c2, uint64_t* barrier,
-                                         uint64_t hint) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;"
-        ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(hint) : "memory");
-}
 #endif
