@@ -76,14 +76,7 @@ int32_t launch_wgmma(const AttnPrefillParams* p, const Launch* l, uint32_t multi
 
 extern "C" int32_t attn_prefill(const AttnPrefillParams* p, const Launch* l) {
     if (p->tokens == 0 || p->heads == 0 || p->slots == 0 || p->out_stride % 2 || p->tokens > p->max_context) return PEREGRINE_BAD_SHAPE;
-    // What this GPU runs: machine code made for sm_90a, or what the driver made of the PTX for sm_80, where that kernel is empty.
-    cudaFuncAttributes made = {};
-    int device = 0, multiprocessors = 0;
-    cudaError_t e = cudaFuncGetAttributes(&made, attn_wgmma_kernel<AttnWide>);
-    if (e == cudaSuccess) e = cudaGetDevice(&device);
-    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (e != cudaSuccess) return (int32_t)e;
-    if (made.ptxVersion == 90) {
+    if (const uint32_t multiprocessors = hopper_multiprocessors<attn_wgmma_kernel<AttnWide>>()) {
         const bool few = p->tokens * p->heads <= 2u * multiprocessors * AttnNarrow::ROWS;
         return few ? launch_wgmma<AttnNarrow>(p, l, multiprocessors) : launch_wgmma<AttnWide>(p, l, multiprocessors);
     }

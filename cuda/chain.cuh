@@ -20,8 +20,11 @@ struct GptqUnits {
         __half2 scale[SCALES], zero[SCALES];
 
         __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
-            codes = *reinterpret_cast<const uint4*>(unit + lane * 16);
-            const uint8_t* q = unit + UNIT_CODE_BYTES + lane / 4 * 4;
+            load_at(unit + lane * 16, unit + UNIT_CODE_BYTES + lane / 4 * 4);
+        }
+        // From where the lane's codes and first scales are.
+        __device__ __forceinline__ void load_at(const uint8_t* lane_codes, const uint8_t* q) {
+            codes = *reinterpret_cast<const uint4*>(lane_codes);
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
                 scale[h] = *reinterpret_cast<const __half2*>(q + h * UNIT_SCALE_BYTES);

@@ -7,6 +7,7 @@
 //           its own in the order of the units: same bits every run. The others compute that part first of their share, the owner last
 //           of its own, so it seldom waits; and it waits for lower block numbers only, which were started before it.
 // Tokens run fastest in the order of tiles: blocks at work at the same time share rows, and the tokens' activations stay in L2.
+// A plan says how long it takes, which is how the size of the tiles is chosen.
 #pragma once
 #include <stdint.h>
 #include "kernels.h"
@@ -16,21 +17,27 @@ int32_t gptq_gemm_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t mul
 // Multiprocessors of the current device if it can run that, else 0.
 uint32_t gptq_gemm_wgmma_multiprocessors();
 
+// Warpgroups of a block whose tiles have so many tokens: their sums, two units of weights and addresses must fit the registers.
+constexpr uint32_t gemm_groups(uint32_t tokens) { return tokens <= 160 ? 3 : 2; }
+
 struct GemmPlan {
+    uint32_t groups, tokens;  // of a tile: groups x 64 rows
     uint32_t row_tiles, token_tiles, slices;
     uint32_t k_units, slice_units;  // of the matrix; of a K slice, the last may have fewer
     uint32_t whole, shared;         // tiles; shared is 0 when there are several slices
     uint32_t blocks;
 
     // Shared tiles need room for sums, which the caller may not have given.
-    GemmPlan(uint32_t row_tiles, uint32_t token_tiles, uint32_t slices, uint32_t k_units, uint32_t multiprocessors, bool may_share)
-        : row_tiles(row_tiles), token_tiles(token_tiles), slices(slices), k_units(k_units) {
-        constexpr uint32_t LEAST_UNITS = 4;  // of a block's share
+    GemmPlan(const GptqMatmulParams& p, uint32_t groups, uint32_t tokens, uint32_t multiprocessors)
+        : groups(groups), tokens(tokens), row_tiles((p.w.n + groups * 64 - 1) / (groups * 64)),
+          token_tiles((p.tokens + tokens - 1) / tokens), slices(p.slices), k_units(p.w.k / PEREGRINE_UNIT_INPUTS) {
+        constexpr uint32_t LEAST_UNITS = 4;      // of a block's share
+        constexpr uint32_t EXCHANGE_UNITS = 10;  // that a block could multiply while sums go from some blocks to others
         slice_units = (k_units + slices - 1) / slices;
         const uint32_t tiles = row_tiles * token_tiles * slices, rounds = tiles / multiprocessors, rest = tiles % multiprocessors;
         whole = tiles;
-        // Cutting costs about 3 % of a round: 128 KB of sums from some blocks to others.
-        if (may_share && slices == 1 && tiles * 100 < (rounds + (rest > 0)) * multiprocessors * 97) {
+        const uint32_t idle = rest ? multiprocessors - rest : 0;  // blocks in the last round of whole tiles
+        if (p.split_sums && p.split_flags && slices == 1 && idle * k_units > EXCHANGE_UNITS * multiprocessors) {
             whole -= rest;
             // Of few tiles each would be cut into many parts, for one block to add up: cut a round more.
             if (rounds > 0 && rest * 8 < multiprocessors) whole -= multiprocessors;
@@ -43,8 +50,29 @@ struct GemmPlan {
         blocks = parts < multiprocessors ? parts : multiprocessors;
     }
 
+    // Time on the H200, in cycles: within 4 % of most of what was measured, for choosing between tiles. A unit takes 2 a token and
+    // warpgroup and some that tensor cores stand still; storing a tile, and giving and taking the sums of shared ones, go by tokens.
+    uint32_t cycles() const {
+        const uint32_t still = groups == 2 ? (tokens < 256 ? 40 : 20) : tokens < 112 ? 316 - tokens * 11 / 5 : 70;
+        const uint32_t unit = groups * tokens * 2 + still, store = 1000 + tokens * 33;
+        const uint32_t rounds = (whole + blocks - 1) / blocks;
+        uint32_t all = 6600 + rounds * (slice_units * unit + store);
+        if (shared) all += shared * k_units / blocks * unit + store + 3000 + tokens * 12 * (shared < blocks ? blocks : shared) / shared;
+        return all;
+    }
+
     // First unit of block b's part of the line.
     __host__ __device__ uint32_t share(uint32_t b) const { return (uint32_t)((uint64_t)shared * k_units * b / blocks); }
+    // Whether block b's part begins within a tile, so that it gives the sums of that to the tile's owner.
+    __host__ __device__ bool gives(uint32_t b) const { return share(b) % k_units != 0 && share(b) < share(b + 1); }
+    // One more than the last block with a part of a shared tile.
+    __host__ __device__ uint32_t shares_end(uint32_t tile) const {
+        const uint64_t end = (uint64_t)(tile - whole + 1) * k_units;
+        uint32_t b = (uint32_t)(end * blocks / ((uint64_t)shared * k_units));
+        while (b > 0 && share(b - 1) >= end) b--;
+        while (b < blocks && share(b) < end) b++;
+        return b;
+    }
 };
 
 // A run of units of one tile.

@@ -232,9 +232,12 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         typename Shape::Sums acc = {};
         multiply<Shape>(acc, s, smem, b);
         if (warp >= s.tiles) return;
-        const uint32_t row = (s.tile0 + warp) * UNIT_ROWS;
-        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc);
-        else store_halves<Shape::TOKENS>(g.p, row, 0, acc, smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES);
+        const uint32_t row = (s.tile0 + warp) * UNIT_ROWS, lane = threadIdx.x % 32;
+        uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
+        const float* b = g.p.y.bias ? g.p.y.bias + row + lane / 4 : nullptr;
+        const float2 bias = b ? make_float2(b[0], b[8]) : make_float2(0.f, 0.f);
+        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc, transpose);
+        else store_halves<Shape::TOKENS>(g.p, row, bias, 0, acc, transpose);
     }
 #endif
 }
@@ -264,7 +267,7 @@ int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multipro
 
 }  // namespace
 
-uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors(gptq_batch_wgmma_kernel<BatchShape<1, false, 16>>); }
+uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors<gptq_batch_wgmma_kernel<BatchShape<1, false, 16>>>(); }
 
 int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     switch (p->w.scales_per_row * 2 + p->w.has_zeros) {

@@ -12,15 +12,15 @@
 //          truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16 outputs: 2.1e-4, their rounding).
 // Shared   activations [128][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts; then the units of
 //          the row tiles as they lie in memory. 4 stages (3 where units have more than 544 bytes) in the 99 KB every GPU allows.
-// Cost     an mma takes 6 cycles of its quarter of a multiprocessor, and each other instruction about one more: they do not overlap. A warp
-//          has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
+// Cost     tensor cores are busy for 70 % of the cycles at 2048 tokens. A warp has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
 // Measured on an H200, compiled for compute_80, us and TFLOP/s; beside it the part of torch.matmul's rate on the unpacked f16 weights, each
 //          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
 //              tokens         65         128        512               1024              2048
 //              [qkv ; up]     73, 76 %   78, 78 %   274, 388, 60 %    531, 401, 62 %    1049, 405, 65 %
 //              [down|dense]   79, 78 %   80, 83 %   277, 381, 62 %*   538, 393, 61 %    1003, 422, 65 %
 //          In bursts of six launches, in turns with torch's, which then has 720 to 760: 50 to 53 % from 512 on, 73 to 80 % below.
-//          Groups of 32, zero points, both: 1.01, 1.01, 1.07 of the time. (*) of what torch had in two other runs; in this one it was slow, 68 %.
+//          Groups of 32, zero points, both: 1.01, 1.01, 1.07 of the time. (*) of what torch had in two other runs: in this one it was
+//          slow, 68 %.
 //          The kernel before (f32 multiply-adds for each unit): 163, 152 us at 128 tokens, 483, 467 at 512, 1942, 2064 at 2048.
 // Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
 //          16 warps of 32 x 64, 315 to 328. Tiles of 128 x 256, unpacked once into shared memory as f16: 273 where this had 255.
@@ -283,9 +283,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l) {
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (e != cudaSuccess) return (int32_t)e;
-    const uint32_t row_tiles = (p->w.n / UNIT_ROWS + TILE_UNITS - 1) / TILE_UNITS, token_tiles = (p->tokens + TOKENS - 1) / TOKENS;
-    const GemmPlan plan(row_tiles, token_tiles, p->slices, p->w.k / UNIT_INPUTS, (uint32_t)multiprocessors,
-                        p->split_sums && p->split_flags);
+    const GemmPlan plan(*p, TILE_UNITS / 4, TOKENS, (uint32_t)multiprocessors);
     const GemmParams g = {*p, plan};
     return launch(gptq_gemm_kernel<Shape>, dim3(plan.blocks), GEMM_THREADS, Shape::RING_BYTES, l, g);
 }

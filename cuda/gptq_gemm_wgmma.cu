@@ -1,31 +1,41 @@
 // gptq_gemm_wgmma — gptq_gemm on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
 // Shapes   as gptq_gemm: any number of tokens, made for more than 64; out_stride and gelu_stride multiples of 8.
-// Reads    W once per 256 tokens (128 and fewer: once), x once per 128 to 256 rows, through L2.   Writes see GptqOutput.
+// Reads    W once per tile of tokens, x once per 192 (128) rows, through L2.   Writes see GptqOutput.
 // Mapping  one block a multiprocessor, which stays for the whole product (gemm_plan.cuh). A block's warpgroups multiply 64 rows each by
 //          TOKENS tokens: weights are wgmma's A operand, in registers, unpacked while the tensor cores work on the unit before; a stage's
-//          activations are B, in shared memory. One thread fetches the stages, one unit (64 inputs) each, by two tensor-map copies.
+//          activations are B, in shared memory. One thread fetches the stages, two units (128 inputs) each, by tensor-map copies.
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it: one multiplication for two weights instead of 128
 //          f32 multiply-adds a thread and unit. All units of a segment are one chain of the tensor core, whose f32 adds truncate: relative
 //          error 2.5e-5 over 22720 inputs, 4.9e-6 over 4544 (f16 outputs: 2.1e-4, their rounding). Sums of shared tiles are added in order.
-// Tokens   a tile has the multiple of 16, 32, 64, 80, 96, 128 or 256 that leaves the least work; groups of rows so that sums, two units
-//          of weights and addresses fit the registers: 2 x 64 rows (256 tokens: 128 registers of sums), 3 (80 to 128) or 4.
-// Shared   activations [TOKENS][64] f16 with the 128-byte swizzle; then the units of the row tiles as they lie in memory.
+// Tokens   a tile has 72 to 256, of 9 sizes the one whose plan takes the least time; 3 warpgroups up to 160 tokens, then 2, so that sums,
+//          two units of weights and addresses fit the registers.
+// Shared   a stage: activations [unit][TOKENS][64] f16 with the 128-byte swizzle; then [row tile][unit] as they lie in memory.
+// Few      at 65 to 160 tokens the loop is bound by what a warp issues, not by memory: some 75 instructions a unit, 52 of them unpacking,
+//          at 6 cycles each. Hence addresses that are constants (Ring), no test of a first unit, no barrier but one a stage.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
-// Measured beside torch.matmul on the unpacked f16 weights, both inside graphs, alternating, cold weights; H200, us:
-//              tokens        65    128          129    257    512         1024        2048
-//              [qkv ; up]    36.8  46.6 / 55.3  65.2   109    151 / 143   289 / 277   571 / 562
-//              [down|dense]  41.6  51.1 / 62.6  70.0   107    148 / 141   283 / 275   556 / 535
-//          0.82 and 0.84 of torch at 128 tokens, 1.016 to 1.058 from 512 on. The GPU throttles at these rates (1.4 to 1.7 of 1.98 GHz):
-//          there, energy is time, and after seconds of it 2048 tokens take 650. Groups of 32 and zero points: 0.98 to 1.03 of these times.
-//          (*) below: on an H100, from a run whose flags of shared tiles were out of bounds.
-// Tried    on the H200, before the tile was 128 rows x 256 tokens, it was 256 x 128, two blocks of 64 rows a warpgroup: twice the
-//          unpacking; 1.11 to 1.20 of torch at 2048 tokens, where the same without unpacking and without weights had 1.00 to 1.10.
-//          Units fetched by 16 bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens, 938 for 676 at 2048.
-//          erff in the epilogue (*): 8 us of 174 at 512 tokens. Starting the second warpgroup 1500 to 4500 cycles late, so that one's
-//          epilogue falls on the other's products: no difference. Cutting a whole round of tiles besides what is left over: 855 us instead
-//          of 635 ([down | dense], 2048 tokens; (*)): blocks at different inputs of the same tokens push them out of L2.
-// Short    at 16 to 64 tokens 29 to 42 us: gptq_batch is faster there. Just above a tile's tokens: 65 take 78 us a layer, 129 take 135 and
-//          257 take 216, where 1.35 of the floor and 10 us are 62, 113 and 215. Others from 255 on are within 1.10 of the floor.
+// Measured inside graphs, cold weights, by turns with the kernel before these loops (in brackets); H200 at 1.4 to 1.75 of 1.98 GHz (it had
+//          just been busy), us, and thousands of cycles of both products:
+//              tokens        65           72           80           96           128          129          192          257
+//              [qkv ; up]    34.6 (47.4)  29.0 (39.8)  30.2 (39.3)  32.8 (41.5)  40.9 (48.2)  44.7 (68.6)  63.3 (74.9)  98.3 (123.2)
+//              [down|dense]  35.5 (47.4)  32.0 (42.5)  33.4 (41.8)  37.1 (44.9)  45.4 (53.4)  51.3 (72.7)  62.2 (78.9)  88.4 (111.3)
+//              cycles        102 (139)    105 (143)    111 (144)    120 (153)    145 (174)    161 (240)    205 (256)    284 (357)
+//          Within 1.35 of the floor and 10 us at all numbers of tokens from 65 to 600 if the clock is 1.66 GHz (65, 66), 1.6 (81) or less.
+//          Beside torch.matmul on f16 weights, by turns of 60 ms: 512 tokens 1.000 and 1.000 (before 1.069, 1.049), 1024 1.040 and
+//          0.998 (1.089, 1.043), 2048 1.034 and 0.989 (1.062, 1.008). The GPU throttles there and energy is time: by turns of 2 ms, at one
+//          clock, 1.13, 1.07; 1.14, 1.03; 1.07, 1.02. Groups of 32 and zero points: 1.00 to 1.03 of the cycles.
+// Tried    all on the H200. Ring slots at addresses of run time: 105 instructions a unit, 690 cycles for 192 rows at 80 tokens, of which
+//          tensor cores need 480; now 75 and 579. Pairs of blocks (clusters) that each fetch half of the activations for both: 38.3 for
+//          37.4 us at 65 tokens, 322 for 327 at 1024, 636 both at 2048. Groups that take turns at the tensor cores by barriers: 39.6 for
+//          37.4 us at 65 tokens, no difference at 512. 4 warpgroups at 80 and 96 tokens: 39.5, 43.1 for 37.4, 39.7 us. A ring of weights
+//          asked for before the first activations: the first stage after 7.1, now 4.1 thousand cycles. Sums given behind a fence by all:
+//          3.6, now 1.5 thousand. f32 outputs one by one: 10, now 6 thousand cycles a tile of 256 tokens. All values of GELU before the
+//          first store: 10.9 for 9.8. 128 rows x 256 tokens replaced 256 x 128, twice the unpacking: 1.11 to 1.20 of torch at 2048 tokens.
+//          Units fetched by bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens. Starting the second warpgroup 1500
+//          to 4500 cycles late: no difference. Cutting a whole round of tiles besides what is left over: 855 us for 635 ([down |
+//          dense], 2048 tokens, H100): blocks at different inputs of the same tokens push them out of L2.
+// Short    storing a tile of f16 takes some 10 thousand cycles of 90, in which tensor cores stand still. Few tokens: [down | dense] spends
+//          7 thousand of 54 adding the sums of 5 or 6 blocks. Up to 64 tokens gptq_batch is faster.
+// Spills   4 to 72 bytes, outside the loop (seen for one scale a row).
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
@@ -40,51 +50,50 @@ constexpr int SHARED_BYTES = 227 * 1024;
 // A block has GROUPS warpgroups that multiply, 64 rows each, and one that fetches.
 template <int SCALES_, bool ZEROS_, int TOKENS_>
 struct GemmShape {
-    static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
+    static constexpr int SCALES = SCALES_, TOKENS = TOKENS_, GROUPS = gemm_groups(TOKENS);
     static constexpr bool ZEROS = ZEROS_;
     using Units = GptqUnits<SCALES, ZEROS>;
-    static constexpr int GROUPS = TOKENS > 128 ? 2 : TOKENS > 64 ? 3 : 4;
     static constexpr int THREADS = (GROUPS + 1) * 128;
     static constexpr int TILE_UNITS = GROUPS * 4;  // row tiles of 16
     static_assert(TILE_UNITS * UNIT_ROWS * TOKENS <= PEREGRINE_GEMM_TILE && GROUPS <= PEREGRINE_GEMM_GROUPS, "the caller makes room");
-    static constexpr int X_BYTES = TOKENS * TOKEN_BYTES;
-    static constexpr int W_BYTES = TILE_UNITS * Units::BYTES;
-    static constexpr int STAGE_BYTES = (X_BYTES + W_BYTES + 1023) / 1024 * 1024;
+    static constexpr int STAGE_UNITS = 2;  // along the inputs
+    static constexpr int X_BYTES = TOKENS * TOKEN_BYTES;  // of a unit's inputs
+    static constexpr int COPIED_BYTES = STAGE_UNITS * (X_BYTES + TILE_UNITS * Units::BYTES);
+    static constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
     static constexpr int EXTRA_BYTES = GROUPS * 4 * TRANSPOSE_BYTES + 1024;  // and barriers
     static constexpr int FIT = (SHARED_BYTES - EXTRA_BYTES) / STAGE_BYTES;
-    static constexpr int STAGES = FIT < 16 ? FIT : 16;
+    static constexpr int STAGES = FIT < 4 ? FIT : 4;
+    static_assert(STAGES >= 3, "one in use, one left, one under way");
     static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
     using Sums = float[TOKENS / 8][4];
 };
 
 struct GemmParams {
-    CUtensorMap w, x;  // [row tiles][k units][unit words] u32; [tokens][k] f16
+    CUtensorMap w, x;  // [row tiles][k units * unit words] u64; [tokens][k] f16
     GptqMatmulParams p;
     GemmPlan plan;
 };
 
 #if PEREGRINE_WGMMA
 
-// A place in the ring of stages. `full` is passed when a stage's copies are in, `empty` when all warps that multiply have left it.
+// The stages: activations [unit][TOKENS][64] and weights [row tile][unit] of two units, or of one if that is the segment's last. Every
+// segment begins at slot 0, so that the multiplying loop, unrolled over the slots, has addresses that are constants. `full` is passed
+// when a stage's copies are in, `empty` when all warps that multiply have left it; `uses` has a bit for each slot, the parity of its uses.
 template <class Shape>
 struct Ring {
-    uint8_t* stages;
-    uint64_t* barriers;  // [STAGES] full, [STAGES] empty
-    uint32_t slot = 0, parity = 0;
+    uint8_t* smem;
+    uint32_t uses = 0;
 
-    __device__ __forceinline__ explicit Ring(uint8_t* smem)
-        : stages(smem), barriers(reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES)) {}
-    __device__ __forceinline__ uint8_t* stage() const { return stages + slot * Shape::STAGE_BYTES; }
-    __device__ __forceinline__ uint64_t* full() const { return barriers + slot; }
-    __device__ __forceinline__ uint64_t* empty() const { return barriers + Shape::STAGES + slot; }
-    __device__ __forceinline__ void advance() {
-        if (++slot == Shape::STAGES) slot = 0, parity ^= 1;
+    __device__ __forceinline__ uint8_t* stage(uint32_t slot) const { return smem + slot * Shape::STAGE_BYTES; }
+    __device__ __forceinline__ uint64_t* full(uint32_t slot) const {
+        return reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES) + slot;
     }
-    // Leaves the stage BACK before this one.
-    template <int BACK>
-    __device__ __forceinline__ void release() const {
-        barrier_arrive(barriers + Shape::STAGES + (slot < BACK ? slot + Shape::STAGES : slot) - BACK);
+    __device__ __forceinline__ uint64_t* empty(uint32_t slot) const { return full(slot) + Shape::STAGES; }
+    __device__ __forceinline__ void wait_full(uint32_t slot) {
+        barrier_wait(full(slot), uses >> slot & 1);
+        uses ^= 1 << slot;
     }
+    __device__ __forceinline__ void wait_empty(uint32_t slot) { barrier_wait(empty(slot), ~uses >> slot & 1); }
 };
 
 struct TilePlace {
@@ -94,43 +103,42 @@ struct TilePlace {
           slice(tile / plan.token_tiles / plan.row_tiles) {}
 };
 
-// The thread that asks for all stages. Weights are nobody's output, so a first ring of them is asked for before the predecessor in the
-// stream has finished.
+// The thread that asks for all stages. Weights are nobody's output, so the first stages' are asked for before the predecessor in the
+// stream has finished; no more than two, for the first activations wait in line behind them.
 template <class Shape>
 __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uint32_t share_index) {
+    constexpr int UNIT_LONGS = Shape::Units::BYTES / 8;
+    constexpr uint32_t EARLY = 2;
     const uint64_t w_hint = g.plan.token_tiles == 1 ? L2_EVICT_FIRST : L2_NORMAL;
-    const auto fetch_weights = [&](const Ring<Shape>& at, const TilePlace& place, uint32_t unit) {
-        barrier_expect(at.full(), Shape::X_BYTES + Shape::W_BYTES);
-        copy_box(smem_address(at.stage()) + Shape::X_BYTES, g.w, 0, unit, place.tile0, at.full(), w_hint);
+    const auto fetch_weights = [&](uint32_t slot, const TilePlace& place, uint32_t unit) {
+        barrier_expect(ring.full(slot), Shape::COPIED_BYTES);
+        const uint32_t to = smem_address(ring.stage(slot)) + Shape::STAGE_UNITS * Shape::X_BYTES;
+        copy_box(to, g.w, unit * UNIT_LONGS, place.tile0, ring.full(slot), w_hint);
     };
     prefetch_map(g.w);
     prefetch_map(g.x);
     GemmSegment s;
-    uint32_t early = 0;  // stages whose weights were asked for
-    {
-        Ring<Shape> ahead = ring;
-        for (GemmWalk walk(g.plan, share_index); early < Shape::STAGES && walk.next(s);) {
-            const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
-            for (uint32_t u = s.begin; u < s.end && early < Shape::STAGES; u++, early++) {
-                fetch_weights(ahead, place, u);
-                ahead.advance();
-            }
-        }
-    }
-    wait_previous();
-    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+    bool first = true;
+    for (GemmWalk walk(g.plan, share_index); walk.next(s); first = false) {
         const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
-        for (uint32_t u = s.begin; u < s.end; u++) {
-            if (early == 0) {
-                barrier_wait(ring.empty(), ring.parity ^ 1);
-                fetch_weights(ring, place, u);
-            } else {
-                early--;
+        if (first) {
+            for (uint32_t i = 0; i < EARLY && s.begin + i * Shape::STAGE_UNITS < s.end; i++)
+                fetch_weights(i, place, s.begin + i * Shape::STAGE_UNITS);
+            wait_previous();
+        }
+        uint32_t slot = 0;
+        for (uint32_t u = s.begin; u < s.end; u += Shape::STAGE_UNITS) {
+            ring.wait_empty(slot);
+            ring.uses ^= 1 << slot;
+            if (!first || u >= s.begin + EARLY * Shape::STAGE_UNITS) fetch_weights(slot, place, u);
+            for (uint32_t i = 0; i < Shape::STAGE_UNITS; i++) {
+                const uint32_t to = smem_address(ring.stage(slot)) + i * Shape::X_BYTES;
+                copy_box(to, g.x, (u + i) * UNIT_INPUTS, place.token0, ring.full(slot), L2_NORMAL);
             }
-            copy_box(smem_address(ring.stage()), g.x, u * UNIT_INPUTS, place.token0, ring.full(), L2_NORMAL);
-            ring.advance();
+            if (++slot == Shape::STAGES) slot = 0;
         }
     }
+    if (first) wait_previous();
 }
 
 // The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight.
@@ -139,7 +147,8 @@ __device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, ui
     const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
 #pragma unroll
     for (int h = 0; h < Shape::SCALES; h++) {
-        const ExactBias bias(raw.zero[h]);
+        ExactBias bias(raw.zero[h]);
+        if (!Shape::ZEROS) bias.low = __float2half2_rn(-1024.f - 8.f), bias.high = __float2half2_rn(-64.f - 8.f);  // known to the compiler
         const __half2 low = __low2half2(raw.scale[h]), high = __high2half2(raw.scale[h]);
 #pragma unroll
         for (int s = h * STEPS / Shape::SCALES; s < (h + 1) * STEPS / Shape::SCALES; s++) {
@@ -150,72 +159,101 @@ __device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, ui
     }
 }
 
-// acc = this warp's rows times the stage's tokens, over `units` stages. While the tensor cores work on one unit, the next is unpacked
+// A warp that multiplies: its rows times the tokens, over a segment's units. While the tensor cores work on one unit, the next is unpacked
 // into the other set of registers.
 template <class Shape>
-__device__ __forceinline__ void multiply(typename Shape::Sums& acc, Ring<Shape>& ring, uint32_t units, uint32_t offset) {
-    const uint32_t lane = threadIdx.x % 32;
-    uint32_t a[2][STEPS][4] = {};
-    typename Shape::Units::Raw raw;
-    barrier_wait(ring.full(), ring.parity);
-    raw.load(ring.stage() + offset, lane);
-    unpack<Shape>(raw, a[0]);
-    uint32_t u = 0;
-    const auto step = [&](uint32_t (&now)[STEPS][4], uint32_t (&next)[STEPS][4]) {
-        const uint64_t x = wgmma_descriptor(smem_address(ring.stage()));
+struct Multiplier {
+    Ring<Shape> ring;
+    const uint8_t *codes, *scales;  // this lane's part of this warp's first unit, of slot 0
+    bool leader;                    // says that the warp has left a stage
+    uint32_t left;                  // units
+    uint32_t a[2][STEPS][4];
+    typename Shape::Units::Raw raw[2];
+
+    __device__ __forceinline__ Multiplier(uint8_t* smem, uint32_t unit) : ring{smem} {
+        const uint8_t* first = smem + Shape::STAGE_UNITS * (Shape::X_BYTES + unit * Shape::Units::BYTES);
+        const uint32_t lane = threadIdx.x % 32;
+        codes = first + lane * 16, scales = first + UNIT_CODE_BYTES + lane / 4 * 4;
+        leader = lane == 0;
+    }
+    __device__ __forceinline__ void load(int slot) {
+        ring.wait_full(slot);
+#pragma unroll
+        for (int i = 0; i < Shape::STAGE_UNITS; i++) {
+            const int at = slot * Shape::STAGE_BYTES + i * Shape::Units::BYTES;
+            raw[i].load_at(codes + at, scales + at);
+        }
+    }
+    __device__ __forceinline__ void release(int slot) const {
+        if (leader) barrier_arrive(ring.empty(slot));
+    }
+    // The unit at PLACE of the stage; false: it was the segment's last, of `units`.
+    template <int SLOT, int PLACE>
+    __device__ __forceinline__ bool step(typename Shape::Sums& acc, uint32_t units) {
+        uint32_t(&next)[STEPS][4] = a[1 - PLACE];
+        const uint64_t x = wgmma_descriptor(smem_address(ring.smem)) + (SLOT * Shape::STAGE_BYTES + PLACE * Shape::X_BYTES) / 16;
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) wgmma(acc, now[s], x + s * 2, s > 0 || u > 0);
+        for (int s = 0; s < STEPS; s++) wgmma(acc, a[PLACE][s], x + s * 2, 1);
         wgmma_commit();
-        ring.advance();
-        if (u + 1 < units) {
-            barrier_wait(ring.full(), ring.parity);
-            raw.load(ring.stage() + offset, lane);
-        }
         wgmma_wait<1>();
         // The compiler does not know that the registers were in use until here.
 #pragma unroll
         for (int s = 0; s < STEPS; s++)
             asm volatile("" : "+r"(next[s][0]), "+r"(next[s][1]), "+r"(next[s][2]), "+r"(next[s][3])::"memory");
-        if (u > 0 && lane == 0) ring.template release<2>();
-        unpack<Shape>(raw, next);
-    };
-    for (;;) {
-        step(a[0], a[1]);
-        if (++u == units) break;
-        step(a[1], a[0]);
-        if (++u == units) break;
+        if (PLACE == 0 && (SLOT > 0 || left != units)) release(SLOT > 0 ? SLOT - 1 : Shape::STAGES - 1);
+        if (--left == 0) return false;
+        unpack<Shape>(raw[1 - PLACE], next);
+        if (PLACE == 0 && left > 1) load(SLOT + 1 < Shape::STAGES ? SLOT + 1 : 0);
+        return true;
     }
-    wgmma_wait<0>();
+    // The stages from SLOT to the ring's end. Gives the slot of the segment's last, or STAGES.
+    template <int SLOT = 0>
+    __device__ __forceinline__ int round(typename Shape::Sums& acc, uint32_t units) {
+        if (!step<SLOT, 0>(acc, units)) return SLOT;
+        if (!step<SLOT, 1>(acc, units)) return SLOT;
+        if constexpr (SLOT + 1 < Shape::STAGES) return round<SLOT + 1>(acc, units);
+        else return Shape::STAGES;
+    }
+    __device__ __forceinline__ void multiply(typename Shape::Sums& acc, uint32_t units) {
+        left = units;
 #pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++)
-        asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
-    if (lane == 0) ring.template release<1>();
-}
+        for (int n = 0; n < Shape::TOKENS / 8; n++) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0.f;
+        load(0);
+        unpack<Shape>(raw[0], a[0]);
+        int last;
+        do last = round(acc, units);
+        while (last == Shape::STAGES);
+        wgmma_wait<0>();
+#pragma unroll
+        for (int n = 0; n < Shape::TOKENS / 8; n++)
+            asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+        release(last);
+    }
+};
 
 template <class Shape>
-__device__ __forceinline__ void multiply_segments(const GemmParams& g, Ring<Shape> ring, uint32_t share_index, uint32_t group) {
-    const uint32_t unit = threadIdx.x / 32;  // this warp's of a stage
-    uint8_t* transpose = ring.stages + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
+__device__ __forceinline__ void multiply_segments(const GemmParams& g, uint8_t* smem, uint32_t share_index) {
+    const uint32_t lane = threadIdx.x % 32, unit = threadIdx.x / 32, group = threadIdx.x / 128;
+    uint8_t* transpose = smem + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
+    Multiplier<Shape> multiplier(smem, unit);
+    const bool halves = !g.p.y.partials && !g.p.y.residual;
     GemmSegment s;
     for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+        const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
+        const uint32_t row = (place.tile0 + unit) * UNIT_ROWS;
+        float2 bias = make_float2(0.f, 0.f);  // of f16 outputs: asked for before it is wanted
+        if (halves && g.p.y.bias && row < g.p.w.n) bias.x = g.p.y.bias[row + lane / 4], bias.y = g.p.y.bias[row + lane / 4 + 8];
         typename Shape::Sums acc;
-        multiply<Shape>(acc, ring, s.end - s.begin, Shape::X_BYTES + unit * Shape::Units::BYTES);
+        multiplier.multiply(acc, s.end - s.begin);
         if (!s.owner) {
             give_sums<Shape>(g.p, acc, share_index, group);
             continue;
         }
-        if (!s.complete) {
-            const uint32_t tile_end = (s.tile - g.plan.whole + 1) * g.plan.k_units;
-            uint32_t end = share_index + 1;
-            while (end < g.plan.blocks && g.plan.share(end) < tile_end) end++;
-            take_sums<Shape>(g.p, acc, share_index + 1, end, group);
-        }
-        const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
-        const uint32_t row = (place.tile0 + unit) * UNIT_ROWS;
+        if (!s.complete) take_sums<Shape>(g.p, acc, share_index + 1, g.plan.shares_end(s.tile), group);
         if (row >= g.p.w.n) continue;
-        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc);
-        else store_halves<Shape::TOKENS>(g.p, row, place.token0, acc, transpose);
+        if (halves) store_halves<Shape::TOKENS>(g.p, row, bias, place.token0, acc, transpose);
+        else store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc, transpose);
     }
 }
 
@@ -226,42 +264,40 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
 #if PEREGRINE_WGMMA
     overlap_next();
     extern __shared__ __align__(1024) uint8_t smem[];
-    Ring<Shape> ring(smem);
+    const Ring<Shape> ring{smem};
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::STAGES; i++) {
-            barrier_init(ring.barriers + i, 1);
-            barrier_init(ring.barriers + Shape::STAGES + i, Shape::GROUPS * 4);
+            barrier_init(ring.full(i), 1);
+            barrier_init(ring.empty(i), Shape::GROUPS * 4);
         }
         barrier_init_done();
     }
     __syncthreads();
     // Of a thread; together no more than the block was launched with.
-    constexpr int FETCH_REGISTERS = Shape::GROUPS == 2 ? 40 : Shape::GROUPS == 3 ? 56 : 32;
-    constexpr int MULTIPLY_REGISTERS = Shape::GROUPS == 2 ? 232 : Shape::GROUPS == 3 ? 152 : 112;
-    const uint32_t share_index = gridDim.x - 1 - blockIdx.x, group = threadIdx.x / 128;
-    if (group == Shape::GROUPS) {
+    constexpr int FETCH_REGISTERS = Shape::GROUPS == 2 ? 40 : 56, MULTIPLY_REGISTERS = Shape::GROUPS == 2 ? 232 : 152;
+    const uint32_t share_index = gridDim.x - 1 - blockIdx.x, warp = threadIdx.x / 32;
+    if (warp >= Shape::GROUPS * 4) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
         if (threadIdx.x == Shape::GROUPS * 128) fetch<Shape>(g, ring, share_index);
+        if (warp == Shape::GROUPS * 4 + 1 && g.plan.gives(share_index)) publish_sums<Shape>(g.p, share_index);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
         wait_previous();
-        multiply_segments<Shape>(g, ring, share_index, group);
+        multiply_segments<Shape>(g, smem, share_index);
     }
 #endif
 }
 
 template <class Shape>
 int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
-    constexpr uint32_t WORDS = Shape::Units::BYTES / 4;
+    constexpr uint32_t UNIT_LONGS = Shape::Units::BYTES / 8;
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
-    const uint32_t k_units = p->w.k / UNIT_INPUTS, tiles = p->w.n / UNIT_ROWS;
-    const uint32_t row_tiles = (tiles + Shape::TILE_UNITS - 1) / Shape::TILE_UNITS;
-    const uint32_t token_tiles = (p->tokens + Shape::TOKENS - 1) / Shape::TOKENS;
-    const GemmPlan plan(row_tiles, token_tiles, p->slices, k_units, multiprocessors, p->split_sums && p->split_flags);
+    const GemmPlan plan(*p, Shape::GROUPS, Shape::TOKENS, multiprocessors);
     GemmParams g = {{}, {}, *p, plan};
-    const TensorShape<3> w = {CU_TENSOR_MAP_DATA_TYPE_UINT32, {WORDS, k_units, tiles}, {WORDS * 4, (cuuint64_t)WORDS * 4 * k_units},
-                              {WORDS, 1, Shape::TILE_UNITS}, CU_TENSOR_MAP_SWIZZLE_NONE};
+    const cuuint64_t row_longs = (cuuint64_t)UNIT_LONGS * plan.k_units;
+    const TensorShape<2> w = {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, {row_longs, p->w.n / UNIT_ROWS}, {row_longs * 8},
+                              {UNIT_LONGS * Shape::STAGE_UNITS, Shape::TILE_UNITS}, CU_TENSOR_MAP_SWIZZLE_NONE};
     const TensorShape<2> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {p->w.k, p->tokens}, {(cuuint64_t)p->x_stride * 2},
                               {UNIT_INPUTS, Shape::TOKENS}, CU_TENSOR_MAP_SWIZZLE_128B};
     cudaError_t e = make_tensor_map(&g.w, p->w.units, w);
@@ -271,33 +307,35 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     return launch(gptq_gemm_wgmma_kernel<Shape>, dim3(plan.blocks), Shape::THREADS, smem, l, g);
 }
 
-// Tokens of a tile: the fewest columns in all, where a tile costs some 12 columns' time beside its own.
-uint32_t tile_tokens(uint32_t tokens) {
-    constexpr uint32_t SIZES[] = {256, 128, 96, 80, 64, 32, 16};
+// Tokens of a tile: those with which the product takes the least time.
+uint32_t tile_tokens(const GptqMatmulParams& p, uint32_t multiprocessors) {
+    constexpr uint32_t SIZES[] = {72, 80, 96, 112, 128, 144, 160, 192, 256};
     uint32_t best = 0, least = ~0u;
     for (uint32_t size : SIZES) {
-        const uint32_t cost = (tokens + size - 1) / size * (size + 12);
-        if (cost < least) least = cost, best = size;
+        const uint32_t cycles = GemmPlan(p, gemm_groups(size), size, multiprocessors).cycles();
+        if (cycles < least) least = cycles, best = size;
     }
     return best;
 }
 
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
-    switch (tile_tokens(p->tokens)) {
-        case 16: return run<GemmShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
-        case 32: return run<GemmShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
-        case 64: return run<GemmShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+    switch (tile_tokens(*p, multiprocessors)) {
+        case 72: return run<GemmShape<SCALES, ZEROS, 72>>(p, l, multiprocessors);
         case 80: return run<GemmShape<SCALES, ZEROS, 80>>(p, l, multiprocessors);
         case 96: return run<GemmShape<SCALES, ZEROS, 96>>(p, l, multiprocessors);
+        case 112: return run<GemmShape<SCALES, ZEROS, 112>>(p, l, multiprocessors);
         case 128: return run<GemmShape<SCALES, ZEROS, 128>>(p, l, multiprocessors);
+        case 144: return run<GemmShape<SCALES, ZEROS, 144>>(p, l, multiprocessors);
+        case 160: return run<GemmShape<SCALES, ZEROS, 160>>(p, l, multiprocessors);
+        case 192: return run<GemmShape<SCALES, ZEROS, 192>>(p, l, multiprocessors);
         default: return run<GemmShape<SCALES, ZEROS, 256>>(p, l, multiprocessors);
     }
 }
 
 }  // namespace
 
-uint32_t gptq_gemm_wgmma_multiprocessors() { return hopper_multiprocessors(gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>); }
+uint32_t gptq_gemm_wgmma_multiprocessors() { return hopper_multiprocessors<gptq_gemm_wgmma_kernel<GemmShape<1, false, 128>>>(); }
 
 int32_t gptq_gemm_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     switch (p->w.scales_per_row * 2 + p->w.has_zeros) {

@@ -24,7 +24,7 @@ extern "C" {
 #define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
 #define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
 #define PEREGRINE_GEMM_TILE 32768  // most sums of a tile of gptq_gemm
-#define PEREGRINE_GEMM_GROUPS 4    // most groups of four warps they are spread over
+#define PEREGRINE_GEMM_GROUPS 3    // most groups of four warps they are spread over
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
 #define PEREGRINE_STEP_TOKENS 64   // most tokens of a decode step
 #define PEREGRINE_STOP_IDS 16      // most ids that end a generation on the device

@@ -8,6 +8,7 @@
 //      grid after the next would then see unfinished data.
 // On sm_80 both are empty and the stream orders the kernels; the device layer then passes overlap = 0.
 #pragma once
+#include <atomic>
 #include <cuda_runtime.h>
 #include <stdint.h>
 #include "kernels.h"
@@ -22,6 +23,24 @@ __device__ __forceinline__ void wait_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Multiprocessors of the current device if it runs KERNEL as it was made for sm_90a, else 0: elsewhere it runs what the driver made of an
+// older target's PTX, in which such a kernel is empty. The runtime is asked once a device.
+template <auto KERNEL>
+uint32_t hopper_multiprocessors() {
+    constexpr int DEVICES = 64;
+    static std::atomic<uint32_t> answers[DEVICES];  // and 1; 0: not asked yet
+    int device = 0, multiprocessors = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    const uint32_t known = device < DEVICES ? answers[device].load(std::memory_order_relaxed) : 0;
+    if (known) return known - 1;
+    cudaFuncAttributes made = {};
+    if (cudaFuncGetAttributes(&made, KERNEL) != cudaSuccess) return 0;
+    if (cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 0;
+    const uint32_t answer = made.ptxVersion == 90 ? multiprocessors : 0;
+    if (device < DEVICES) answers[device].store(answer + 1, std::memory_order_relaxed);
+    return answer;
 }
 
 // Bytes of dynamic shared memory a kernel gets without asking.
@@ -60,24 +79,4 @@ int32_t launch(void (*kernel)(Params), dim3 grid, uint32_t threads, size_t smem_
     // Clears the sticky copy of a launch error, so that the next launcher does not report it again.
     cudaError_t last = cudaGetLastError();
     return (int32_t)(e != cudaSuccess ? e : last);
-}
-
-inline uint32_t multiprocessors() {
-    int device = 0, count = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 1;
-    return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? (uint32_t)count : 1;
-}
-
-// The same of a Hopper GPU that has the kernel's machine code; 0 elsewhere, also where a build without sm_90a runs the PTX of an older
-// target, in which such a kernel is empty.
-template <typename Params>
-uint32_t hopper_multiprocessors(void (*kernel)(Params)) {
-    int device = 0, major = 0, minor = 0;
-    if (cudaGetDevice(&device) != cudaSuccess) return 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    if (major != 9 || minor != 0) return 0;
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess || attributes.ptxVersion < 90) return 0;
-    return multiprocessors();
 }

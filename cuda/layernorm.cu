@@ -164,7 +164,7 @@ int32_t run(const LayernormParams* p, const Launch* l, uint32_t threads) {
 extern "C" int32_t layernorm(const LayernormParams* p, const Launch* l) {
     if (p->tokens == 0 || p->hidden == 0 || p->hidden % 4 || p->hidden > THREADS * VECTORS * 4) return PEREGRINE_BAD_SHAPE;
     if (p->partials && p->slices > MAX_SLICES) return PEREGRINE_BAD_SHAPE;
-    if (p->tokens > FEW_TOKENS || !hopper_multiprocessors(layernorm_kernel<true, CLUSTER, 1>)) return run<1, VECTORS>(p, l, THREADS);
+    if (p->tokens > FEW_TOKENS || !hopper_multiprocessors<layernorm_kernel<true, CLUSTER, 1>>()) return run<1, VECTORS>(p, l, THREADS);
     const uint32_t own = (p->hidden / 4 + CLUSTER - 1) / CLUSTER;  // float4 of a block, one a thread
     return run<CLUSTER, 1>(p, l, (own + 31) / 32 * 32);
 }

@@ -13,10 +13,11 @@
 #endif
 
 #if PEREGRINE_WGMMA
-// B at shared address `x`: [tokens][64 inputs] f16, 128-byte swizzle. Start address, distance of the 8-token groups (1024 bytes);
-// lengths in 16 bytes. Adding 2 moves on by 16 inputs.
-__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t x) {
-    return (uint64_t)(x / 16) | (uint64_t)1 << 16 | (uint64_t)(1024 / 16) << 32 | (uint64_t)1 << 62;
+// B at shared address `x`: [tokens][64 inputs] f16, 128-byte swizzle; inputs 16 step .. 16 step + 15. Start address, distance of the
+// 8-token groups (1024 bytes); lengths in 16 bytes. Only the low word varies, and is computed as such.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t x, uint32_t step = 0) {
+    const uint32_t low = (x / 16 | 1 << 16) + step * 2;
+    return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;
 }
 // The same from its low word, x / 16 + (1 << 16), where that is to stay in one uniform register.
 __device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) { return (uint64_t)low | (uint64_t)0x40000040u << 32; }
@@ -42,21 +43,28 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define WGMMA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define WGMMA_D16 WGMMA_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define WGMMA_D32 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define WGMMA_D36 WGMMA_D32 ",%32,%33,%34,%35"
 #define WGMMA_D40 WGMMA_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define WGMMA_D48 WGMMA_D40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define WGMMA_D56 WGMMA_D48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define WGMMA_D64 WGMMA_D48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define WGMMA_D96 \
-    WGMMA_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
-              "%92,%93,%94,%95"
+#define WGMMA_D72 WGMMA_D64 ",%64,%65,%66,%67,%68,%69,%70,%71"
+#define WGMMA_D80 WGMMA_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define WGMMA_D96 WGMMA_D80 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
 #define WGMMA_D128 \
-    WGMMA_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119," \
-              "%120,%121,%122,%123,%124,%125,%126,%127"
+    WGMMA_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116" \
+              ",%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 WGMMA_OP(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_8(0))
 WGMMA_OP(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
 WGMMA_OP(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_32(0))
+WGMMA_OP(72, WGMMA_D36, "%36,%37,%38,%39", "%40", "%41", WGMMA_32(0), WGMMA_4(8))
 WGMMA_OP(80, WGMMA_D40, "%40,%41,%42,%43", "%44", "%45", WGMMA_32(0), WGMMA_8(8))
 WGMMA_OP(96, WGMMA_D48, "%48,%49,%50,%51", "%52", "%53", WGMMA_32(0), WGMMA_16(8))
+WGMMA_OP(112, WGMMA_D56, "%56,%57,%58,%59", "%60", "%61", WGMMA_32(0), WGMMA_16(8), WGMMA_8(12))
 WGMMA_OP(128, WGMMA_D64, "%64,%65,%66,%67", "%68", "%69", WGMMA_64(0))
+WGMMA_OP(144, WGMMA_D72, "%72,%73,%74,%75", "%76", "%77", WGMMA_64(0), WGMMA_8(16))
+WGMMA_OP(160, WGMMA_D80, "%80,%81,%82,%83", "%84", "%85", WGMMA_64(0), WGMMA_16(16))
+WGMMA_OP(192, WGMMA_D96, "%96,%97,%98,%99", "%100", "%101", WGMMA_64(0), WGMMA_32(16))
 WGMMA_OP(256, WGMMA_D128, "%128,%129,%130,%131", "%132", "%133", WGMMA_64(0), WGMMA_64(16))
 #endif

@@ -12,8 +12,8 @@ use crate::gpu::ops::BATCH_TOKENS;
 use crate::sampler::{Sampled, Sampling};
 use crate::speculate::Tally;
 
-/// Prompts that take each size of `gptq_gemm` and of `gptq_batch`, and `gptq_gemv`.
-const WARM_UP_TOKENS: [usize; 8] = [256, 128, 96, 65, 33, 17, 9, 1];
+/// Prompts for which Falcon-7B takes each size of tile of `gptq_gemm`, each of `gptq_batch`, and `gptq_gemv`.
+const WARM_UP_TOKENS: [usize; 13] = [512, 192, 160, 144, 128, 112, 96, 80, 65, 33, 17, 9, 1];
 
 /// A generation under way.
 struct Running {
@@ -46,7 +46,7 @@ pub struct CudaTimeline {
 
 impl CudaTimeline {
     /// Runs every kernel of a model once. The driver loads a kernel at its first launch, some 4 ms for all of them, which would
-    /// else be part of the first prompt's time. About 30 ms for Falcon-7B before `gptq_gemm` had four sizes.
+    /// else be part of the first prompt's time. About 30 ms for Falcon-7B when `gptq_gemm` had one size of tile.
     ///
     /// # Errors
     /// As [`CudaTimeline::new`], [`CudaTimeline::prefill`] and [`CudaTimeline::next_token`].
