@@ -45,7 +45,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(smem_address(barrier), parity); }
 
-// Global to shared, `bytes` (a multiple of 16) reported to `barrier`; by shared addresses, or by pointers. The hint: read once, evict first.
+// Global to shared, `bytes` (a multiple of 16) reported to `barrier`; by shared address, or by pointer. The hint: read once, evict first.
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                      shared),

@@ -12,7 +12,8 @@
 //          truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16 outputs: 2.1e-4, their rounding).
 // Shared   activations [128][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts; then the units of
 //          the row tiles as they lie in memory. 4 stages (3 where units have more than 544 bytes) in the 99 KB every GPU allows.
-// Cost     tensor cores are busy for 70 % of the cycles at 2048 tokens. A warp has 128 mma a unit, and 194 others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
+// Cost     tensor cores are busy for 70 % of the cycles at 2048 tokens. A warp has 128 mma a unit, and 194
+//          others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
 // Measured on an H200, compiled for compute_80, us and TFLOP/s; beside it the part of torch.matmul's rate on the unpacked f16 weights, each
 //          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
 //              tokens         65         128        512               1024              2048
