@@ -182,7 +182,7 @@ fn what_needs_no_gpu_works_without_one() {
     assert!(out.contains("gptq_gemv") && out.contains("floor us"), "{out}");
     let (code, out, err) = lab(&["report", "layernorm"]);
     assert_eq!(code, 0, "{err}");
-    assert!(out.contains("layernorm_kernel<1>") && out.contains("registers"), "{out}");
+    assert!(out.contains("layernorm_kernel<1, 1, 4>") && out.contains("registers"), "{out}");
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab-new");
     let _ = std::fs::remove_dir_all(&folder);
     let (code, _, err) = lab(&["new", "layernorm", folder.to_str().unwrap()]);
