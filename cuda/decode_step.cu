@@ -30,7 +30,8 @@
 //           producer: nothing between a copy's arrival and the next, on a third card:
 //                                            before          1.060       1.089      1.290
 //                                            after           1.012       1.027      1.283
-//           The program, from ids to ids, is within 0.2 % of these: sampling included.
+//           The program, from ids to ids, sampling included: 972 tokens/s on a card where this takes 1.022, 1.035, 1.045 ms at 128, 1024,
+//           2047 and 1.32 with 8 tokens.
 // Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.

@@ -31,7 +31,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) step: &'a DevBuf<u32>,
     /// What the persistent kernel works in; `None`: one kernel an op.
     pub(crate) decode: Option<&'a mut DecodeScratch>,
-    /// The tensor cores keep subnormals, which `gptq_gemv` rests on.
+    /// The tensor cores keep subnormals, which `gptq_gemv` rests on where scales are that small.
     pub(crate) gemv_works: bool,
 }
 

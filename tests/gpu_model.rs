@@ -228,8 +228,11 @@ fn cuda_logits_at_the_end_of_the_context_match_the_cpu() {
     assert!(difference <= LOGIT_TOLERANCE);
 }
 
-/// Largest relative L2 difference of a position's logits from the CPU's, over the formats below. Measured: 1.4e-3.
-const FORMAT_TOLERANCE: f64 = 2e-3;
+/// Largest relative L2 difference of a position's logits from the CPU's, over the formats below. The CPU's own with inputs of products,
+/// weights, queries, keys, values and softmax rounded to f16, as prompts have them on Hopper: 2.07e-3 (groups of 32, asymmetric);
+/// without the weights 1.3e-3, which is where the kernels before measured 1.4e-3. The largest of 980 positions: others may fall a few
+/// tenths higher.
+const FORMAT_TOLERANCE: f64 = 3e-3;
 
 /// A head of its own, and a bias in every quantised matrix.
 fn untied_and_biased() -> variants::Model {
