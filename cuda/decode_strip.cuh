@@ -72,10 +72,14 @@ struct FixedInputs {
             for (int s = 0; s < 2; s++) {
                 uint32_t high, rest;
                 both(s ? w[i].z : w[i].x, s ? w[i].w : w[i].y, inverse, high, rest);
-                const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
-                b[t][i][s] = low ? other : own, b[t][i][2 + s] = low ? own : other;
+                keep_plane(b[t][i], s, high, rest, low);
             }
         step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
+    }
+    // Of the words of both planes this lane keeps its column's, and gives the other to lane ^ 4, which has the unit's other half.
+    static __device__ __forceinline__ void keep_plane(uint32_t (&b)[STEPS], int s, uint32_t high, uint32_t rest, bool low) {
+        const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
+        b[s] = low ? other : own, b[2 + s] = low ? own : other;
     }
     // The same for one token alone, whose inputs all lanes have a part of. Each is converted once, not by both its columns, and reaches
     // them through `bytes`, the shared address of two planes of UNITS * 64 bytes: high bytes and low ones, in the order of the codes.

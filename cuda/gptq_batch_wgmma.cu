@@ -135,23 +135,6 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
     }
 }
 
-// The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight.
-template <class Shape>
-__device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, uint32_t (&a)[STEPS][4]) {
-    const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};
-#pragma unroll
-    for (int h = 0; h < Shape::SCALES; h++) {
-        const ExactBias bias(raw.zero[h]);
-        const __half2 low = __low2half2(raw.scale[h]), high = __high2half2(raw.scale[h]);
-#pragma unroll
-        for (int s = h * STEPS / Shape::SCALES; s < (h + 1) * STEPS / Shape::SCALES; s++) {
-            unpack_exact(words[s], bias, a[s]);
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[s][i] = as_u32(__hmul2(as_half2(a[s][i]), i % 2 ? high : low));
-        }
-    }
-}
-
 // acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers and
 // the one after that is on its way from shared memory.
 template <class Shape>
@@ -166,7 +149,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
     const uint8_t* stage = mine;
     barrier_wait(&b.w_full[0], 0);
     raw.load(stage, lane);
-    unpack<Shape>(raw, a[0]);
+    raw.unpack(a[0]);
     raw.load(stage + Shape::Units::BYTES, lane);
     for (uint32_t j = 0; j < stages; j++) {
         const uint32_t units = s.count - j * UNITS;  // that are left
@@ -186,7 +169,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
             for (int i = 0; i < STEPS; i++)
                 asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
             if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
-            unpack<Shape>(raw, next);
+            raw.unpack(next);
             if (u + 2 == UNITS) {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&b.w_empty[w_place.slot]);

@@ -141,7 +141,7 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
     if (first) wait_previous();
 }
 
-// The A registers of a unit: f16(scale * (code - zero)), AutoGPTQ's own weight.
+// Raw::unpack, spelled out: through that ptxas orders the loop otherwise, which was not measured.
 template <class Shape>
 __device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, uint32_t (&a)[STEPS][4]) {
     const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};

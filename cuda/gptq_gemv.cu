@@ -43,7 +43,7 @@ template <int TILES>
 constexpr int BOUND_THREADS = TILES == 1 ? 640 : 512;
 constexpr int WARP_UNITS = PEREGRINE_SLICE_UNITS / WARPS;
 // Before the predecessor has finished a strip is asked for in PARTS, IN_FLIGHT of them at a time.
-constexpr int PARTS = 3, IN_FLIGHT = 2;
+[[maybe_unused]] constexpr int PARTS = 3, IN_FLIGHT = 2;
 constexpr uint32_t MOST_STAGES = 5;
 constexpr uint32_t SUM_FLOATS = 256;             // of a warp: sums of strips, and before those the bytes of its inputs
 constexpr uint32_t NEIGHBOUR_BYTES = 10 * 1024;  // shared memory left to the neighbours' blocks: one of attn_decode, or of layernorm

@@ -45,8 +45,7 @@ struct StripInputs {
             for (int s = 0; s < 2; s++) {
                 uint32_t high, rest;
                 Fixed::both(even[s], next[s], inverse, high, rest);
-                const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
-                b[t][i][s] = low ? other : own, b[t][i][2 + s] = low ? own : other;
+                Fixed::keep_plane(b[t][i], s, high, rest, low);
             }
         }
         step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
