@@ -36,7 +36,7 @@
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
-//           some 80 instructions less there are 4.5 % of a step.
+//           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
 //           8 tokens: bound by the consumers, some 280 instructions a strip and warp.
 // Tried     (ms a step, 1 token at 128)
 //           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135

@@ -12,8 +12,10 @@
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
 // Measured [qkv ; up] 19.3, 21.4, 26.6 us and [down | dense] 19.1, 21.6, 26.9 us at 16, 32, 64 tokens, in turns 38.9, 44.9, 55.8 us a pair,
-//          where the kernel before it took 40.6, 48.0, 68.5; H200, cold L2, launches in a row. In a step of 32 layers and head, without
-//          sampling, at position 190: 1.71, 1.94, 2.30 ms where it was 2.04, 2.29, 2.97 (with attention and norm as they now are).
+//          where the kernel before it took 40.6, 48.0, 68.5; H200, cold L2, launches in a row. Whole steps with
+//          sampling at context 128, `cargo bench --bench steps`: 1.86, 2.00, 2.52 ms where it was 1.95, 2.19, 3.07, on another card.
+//          In a harness, without sampling, at position 190: 1.79, 1.94, 2.38 ms where it was 2.04, 2.29, 2.97; with today's norm and
+//          an attention that has six one-warp blocks an SM and prefetches keys (not today's): 1.71, 1.94, 2.30.
 // Short    not at the speed of memory: from the predecessor's end to the sums a product takes 16 us at 16 tokens, though two fifths of its
 //          weights lie in the ring by then. The schedulers issue in 60 % of the cycles; a unit is some 80 instructions, unpacking 52.
 // Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4, 20.0; one

@@ -18,8 +18,8 @@
 //          before, ms                1.555       1.622      1.576      1.663      1.823
 //          now                       1.209       1.353      1.252      1.440      1.685     (norms of 4 and 8 hold up blocks)
 //          groups of 32 with zero points: 1.984 and 2.161 at 1 and 8 tokens before, 1.328 and 1.921 now.
-//          In the program 822 tokens/s, 635 before. Alone, with events on either side: 19.1 and 18.8 us at 1 token (21.8 and 19.2 before),
-//          27.0 and 25.0 at 8 (25.1 and 23.3): the ring fills slowly, which only pays beside others.
+//          In the program 822 tokens/s, 635 before; 843 with the norm by clusters. Alone, with events on either side: 19.1 and 18.8 us at
+//          1 token (21.8 and 19.2 before), 27.0 and 25.0 at 8 (25.1 and 23.3): the ring fills slowly, which only pays beside others.
 //          Forced to the code of sm_80, whose kernels do not overlap: 1.497 and 1.930 at 1 and 8 tokens, 1.700 and 1.957 before.
 //          Of a layer's 36 us at 1 token: twice 0.7 until the wait for the predecessor is over, 1.2 for the inputs, 8.4 for 11 strips, of
 //          which 5 are here, 2 until the successor's wait is over; attention 5.9, norm 5.1.

@@ -184,14 +184,14 @@ fn gptq_gemm_matches_reference() {
             &q,
             30,
             &[
-                1, 2, 15, 16, 17, 33, 64, 65, 72, 73, 80, 81, 97, 128, 129, 145, 160, 161, 192, 193, 255,
-                257, 300,
+                1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 72, 73, 80, 81, 96, 97, 127, 128, 129, 145, 160, 161,
+                192, 193, 255, 256, 257, 300,
             ],
         );
     }
     // With one slice a row's inputs are one chain, or the tile is shared by several blocks.
     let q = Quantised::new(&mut random, 1616, 22720, G64);
-    check_sliced(&stream, MatmulKernel::Gemm, &q, 32, &[65, 129], 1);
+    check_sliced(&stream, MatmulKernel::Gemm, &q, 32, &[65, 129, 200], 1);
     let q = Quantised::new(&mut random, 816, 7360, G64);
     check_sliced(&stream, MatmulKernel::Gemm, &q, 33, &[80, 96, 97, 150, 180, 200, 512], 1);
     for (n, k) in [(16, 64), (4544, 22720), (22848, 4544)] {
