@@ -26,7 +26,6 @@
 // An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in
 // chunk order, many of them in runs. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes
 // items rounds alike.
-//
 // A kernel of 512 threads has 128 registers a thread, and that is what this is cut to.
 #pragma once
 #include "attn.cuh"
@@ -389,12 +388,13 @@ __device__ __forceinline__ void store_heads(const AttnState& state, const AttnDe
 
 // One item by one warp, all of whose lanes call it together; item.chunk < attn_chunks(t.position).
 //   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv, by all lanes together, also those without use for it.
-//   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; called by lanes that have the head.
+//   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; by lanes that have the head.
 template <typename Fetch, typename Store>
 __device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,
                                                  const Store& store) {
     AttnState state;
-    const uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK, chunks = attn_chunks(t.position);
+    const uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK;
     attend_keys(state, p, item, t, key0, min(key0 + PEREGRINE_ATTN_CHUNK, t.position + 1), fetch);
+    const uint32_t chunks = attn_chunks(t.position);
     if (chunks == 1 || join_chunks(state, p, item, chunks)) store_heads(state, p, item, store);
 }
