@@ -7,6 +7,7 @@
 // It also marks buffers as not ready again, a layer behind, when it has nothing else to do.
 #pragma once
 #include "decode_plan.cuh"
+#include "gelu.cuh"
 #include "launch.cuh"
 
 namespace {
@@ -36,13 +37,11 @@ struct Storer {
         barrier_wait(&shared.sums_full[slot], phase);
         const bool active = token() < tokens;
         const float* from = shared.sums[slot][0] + token() * SUM_STRIDE + row();
-        float low[ROWS] = {}, high[ROWS] = {};  // of warps that have no units: zeros
-        if (active) {
+        float low[ROWS] = {}, high[ROWS] = {};  // of warps that have no units: zeros; of tokens that are not there: anything
 #pragma unroll
-            for (int w = 0; w < CONSUMERS; w++)
+        for (int w = 0; w < CONSUMERS; w++)
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) (w < CONSUMERS / 2 ? low : high)[r] += from[w * TOKENS * SUM_STRIDE + r * STEP];
-        }
+            for (int r = 0; r < ROWS; r++) (w < CONSUMERS / 2 ? low : high)[r] += from[w * TOKENS * SUM_STRIDE + r * STEP];
 #pragma unroll
         for (int r = 0; r < ROWS; r++) low[r] += high[r];
         __syncwarp();
@@ -60,6 +59,25 @@ struct Storer {
             store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + r / 32 * 32 + r % 32 / 4 + row % 8 * 4 +
                               row / 8 * 2, pair);
         }
+    }
+    // The outputs of a tile of [qkv ; up] as pairs of neighbouring rows. Of two lanes, which have such rows, each takes half of the pairs.
+    __device__ __forceinline__ void store_pairs(uint32_t layer, uint32_t tile, const float (&sum)[ROWS], bool active) const {
+        const bool odd = row() % 2;
+        if (ROWS == 1) {
+            const float next = __shfl_down_sync(~0u, sum[0], 1);
+            if (active && !odd) store(layer, tile, token(), row(), as_u32(__floats2half2_rn(sum[0], next)));
+            return;
+        }
+        constexpr uint32_t HALF = (ROWS + 1) / 2;
+        uint32_t pairs[HALF];
+#pragma unroll
+        for (int r = 0; r < HALF; r++) {
+            const float own = (odd ? sum[(HALF + r) % ROWS] : sum[r]), other = __shfl_xor_sync(~0u, odd ? sum[r] : sum[(HALF + r) % ROWS], 1);
+            pairs[r] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
+        }
+#pragma unroll
+        for (int r = 0; r < HALF; r++)
+            if (active) store(layer, tile, token(), row() / 2 * 2 + (odd ? HALF + r : r) * STEP, pairs[r]);
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
     // of it are in the residual that the layer under way began with. The fence: whoever sees what this block writes from here on
@@ -83,13 +101,10 @@ struct Storer {
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
             take([&](float (&sum)[ROWS], bool active) {
-                const bool up = t * UNIT_ROWS >= p.qkv_size;
+                if (t * UNIT_ROWS >= p.qkv_size)
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    if (up) sum[r] = gelu(sum[r]);
-                    const float next = __shfl_down_sync(~0u, sum[r], 1);
-                    if (active && row() % 2 == 0) store(layer, t, token(), row() + r * STEP, as_u32(__floats2half2_rn(sum[r], next)));
-                }
+                    for (int r = 0; r < ROWS; r++) sum[r] = gelu_quick(sum[r]);
+                store_pairs(layer, t, sum, active);
             });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].
         if (layer > 0) clear(layer - 1);
