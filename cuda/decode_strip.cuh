@@ -204,6 +204,28 @@ __device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2]
     mma(z, a, sums, 0);
 }
 
+// z = the part of a product that the zero points are: factors of all units times the sums of their inputs, see FixedInputs::sums.
+// Of a unit that is none: any scale, its sums are zeros.
+template <bool ZEROS, int UNITS>
+__device__ __forceinline__ void subtrahends(float (&z)[4], uint32_t scales, const uint32_t (&sums)[2], uint32_t lane) {
+    constexpr int BYTES = unit_bytes<1, ZEROS>();
+    const uint32_t own = scales + min(lane % 4, (UNITS - 1) / 2) * 2 * BYTES;
+    uint32_t pair[2] = {load_shared4(own), load_shared4(own + BYTES)};
+    if (ZEROS) {
+        // A scale times a zero point has more bits than an f16: two of them.
+        const uint32_t zero[2] = {load_shared4(own + UNIT_SCALE_BYTES), load_shared4(own + BYTES + UNIT_SCALE_BYTES)};
+        uint32_t rest[2];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const __half2 whole = __hmul2(as_half2(pair[k]), as_half2(zero[k]));
+            rest[k] = as_u32(__hfma2(as_half2(pair[k]), as_half2(zero[k]), __hneg2(whole))), pair[k] = as_u32(whole);
+        }
+        subtrahend(z, rest, sums[0]);
+    }
+    subtrahend(z, pair, sums[1]);
+    subtrahend(z, pair, sums[0]);
+}
+
 // sum[tile][0], [1]: rows g, g + 8 of tokens q, 4 + q, of `units` (a shared address) times x.
 template <bool ZEROS, int UNITS, int TILES>
 __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t units, const FixedInputs<UNITS, TILES>& x, uint32_t lane) {
@@ -211,7 +233,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t 
     constexpr int BYTES = unit_bytes<1, ZEROS>(), SIDE = 3, AHEAD = TILES == 1 ? UNITS : SIDE;
     static_assert(UNITS <= 8 && UNITS % SIDE == 0, "a unit is a row of the sums' product, two are a lane's; no unit is left over");
     uint4 codes[UNITS];
-    uint32_t scales[UNITS], pair[2] = {}, zero[2] = {};
+    uint32_t scales[UNITS];
     const uint32_t q = units + UNIT_CODE_BYTES + lane / 4 * 4;
     const auto load = [&](int i) {
 #pragma unroll
@@ -219,19 +241,18 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t 
 #pragma unroll
         for (int n = i; n < i + SIDE; n++) scales[n] = load_shared4(q + n * BYTES);
     };
+    float z[4] = {0.f, 0.f, 0.f, 0.f};
+    subtrahends<ZEROS, UNITS>(z, q, x.sums, lane);
 #pragma unroll
     for (int i = 0; i < AHEAD; i += SIDE) load(i);
     __syncwarp();  // for the compiler: these loads are asked for before the first is used
-    float acc[TILES][4] = {};  // high and low bytes of rows g, then of rows g + 8
+    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS;
+    float acc[TILES][2];  // rows g, then g + 8, which are 16 times too large
+#pragma unroll
+    for (int t = 0; t < TILES; t++) acc[t][0] = -ZERO * z[t], acc[t][1] = -16.f * ZERO * z[2 + t];
 #pragma unroll
     for (int i = 0; i < UNITS; i += SIDE) {
-        uint32_t c[SIDE][TILES][4];
-#pragma unroll
-        for (int n = 0; n < SIDE; n++)
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) c[n][t][j] = FLOAT_ZERO;
+        uint32_t c[SIDE][TILES][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
@@ -248,33 +269,13 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t 
 #pragma unroll
             for (int t = 0; t < TILES; t++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    acc[t][j] = __fmaf_rn(j < 2 ? scale.x : scale.y, __uint_as_float(c[n][t][j]) - FLOAT_ZERO_VALUE, acc[t][j]);
+                for (int r = 0; r < 2; r++)
+                    acc[t][r] = __fmaf_rn(r ? scale.y : scale.x, __int2float_rn((int)c[n][t][2 * r] * 256 + (int)c[n][t][2 * r + 1]),
+                                          acc[t][r]);
         }
     }
-    // Of a unit that is none: any scale, its sums are zeros.
-    const uint32_t own = q + min(lane % 4, (UNITS - 1) / 2) * 2 * BYTES;
-    pair[0] = load_shared4(own), pair[1] = load_shared4(own + BYTES);
-    if (ZEROS) zero[0] = load_shared4(own + UNIT_SCALE_BYTES), zero[1] = load_shared4(own + BYTES + UNIT_SCALE_BYTES);
-    float z[4] = {0.f, 0.f, 0.f, 0.f};
-    if (ZEROS) {
-        // A scale times a zero point has more bits than an f16: two of them.
-        uint32_t rest[2];
-#pragma unroll
-        for (int k = 0; k < 2; k++) {
-            const __half2 whole = __hmul2(as_half2(pair[k]), as_half2(zero[k]));
-            rest[k] = as_u32(__hfma2(as_half2(pair[k]), as_half2(zero[k]), __hneg2(whole))), pair[k] = as_u32(whole);
-        }
-        subtrahend(z, rest, x.sums[0]);
-    }
-    subtrahend(z, pair, x.sums[1]);
-    subtrahend(z, pair, x.sums[0]);
-    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS;
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float whole = __fmaf_rn(acc[t][2 * r], 256.f, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f);
-            sum[t][r] = __fmaf_rn(z[2 * r + t], -ZERO, whole) * x.step[t];
-        }
+        for (int r = 0; r < 2; r++) sum[t][r] = acc[t][r] * ((r ? 1.f / 16.f : 1.f) * x.step[t]);
 }
