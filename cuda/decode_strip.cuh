@@ -1,9 +1,10 @@
 // decode_strip — 16 output rows x a warp's UNITS units, on the integer tensor core. Used by decode_step.
 //
-// Inputs      16-bit fixed point, one scale for a token's inputs of this warp: x = step * v, |v| <= 32639, v = 256 high + low. Both are
+// Inputs      fixed point, one scale for a token's inputs of this warp: x = step * v, v = 254 high + low, both from -127 to 127. They are
 //             signed bytes, and columns of the product: column 2 t is token t's high bytes, 2 t + 1 its low ones. A token of four more
 //             is in a second tile of columns.
-//             The rounding is to 2^-16 of the largest input; f16, which the inputs come from, rounds that one to 2^-12.
+//             The rounding is to 2^-16 of the largest input; f16, which the inputs come from, rounds that one to 2^-12. Where inputs
+//             are below 2^-8 the step is the smallest, 2^-23.
 // Codes       two words of a lane are the A operand of mma.m16n8k32 with a mask each for rows g and g + 8: two operations for 8 weights,
 //             where f16 takes five. Rows g + 8 are 16 times too large, which the end undoes.
 //
@@ -42,7 +43,9 @@ __device__ __forceinline__ void store_shared8(uint32_t address, uint32_t v, uint
 
 constexpr uint32_t FLOAT_ZERO = 0x4b400000;  // 1.5 * 2^23: adding an integer below 2^22 to these bits adds it to the number
 constexpr float FLOAT_ZERO_VALUE = 12582912.f;
-constexpr float FIXED_MOST = 32639.f;  // 127 * 256 + 127
+constexpr int FIXED_BASE = 254;            // 2 * 127: what a high byte leaves, half a step at most, is a low byte
+constexpr float LEAST_SHARE = 32768.f;     // high bytes' steps in 1, at most: as f16
+constexpr uint32_t PICK_HIGH = 0x5140, PICK_LOW = 0x7362;  // of two FixedInputs::bytes_of
 constexpr uint32_t COLUMN_TOKENS = 4;  // of a tile of 8 columns
 
 // What a lane holds of a warp's inputs: columns g of TILES tiles.
@@ -64,22 +67,22 @@ struct FixedInputs {
         uint32_t bits = bits_of(top);
 #pragma unroll
         for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
-        const float largest = __uint_as_float(bits), inverse = inverse_of(largest);
+        const __half2 inverse = inverse_of(bits);
         const bool low = lane / 4 % 2;
+        const uint32_t own = low ? PICK_LOW : PICK_HIGH, other = low ? PICK_HIGH : PICK_LOW;
 #pragma unroll
         for (int i = 0; i < UNITS; i++)
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                uint32_t high, rest;
-                both(s ? w[i].z : w[i].x, s ? w[i].w : w[i].y, inverse, high, rest);
-                keep_plane(b[t][i], s, high, rest, low);
+                const uint32_t even = bytes_of(s ? w[i].z : w[i].x, inverse), odd = bytes_of(s ? w[i].w : w[i].y, inverse);
+                keep_plane(b[t][i], s, __byte_perm(even, odd, own), __byte_perm(even, odd, other), low);
             }
-        step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
+        step[t] = __shfl_sync(~0u, step_of(inverse), lane % 4 * 8);
     }
     // Of the words of both planes this lane keeps its column's, and gives the other to lane ^ 4, which has the unit's other half.
-    static __device__ __forceinline__ void keep_plane(uint32_t (&b)[STEPS], int s, uint32_t high, uint32_t rest, bool low) {
-        const uint32_t own = low ? rest : high, other = __shfl_xor_sync(~0u, low ? high : rest, 4);
-        b[s] = low ? other : own, b[2 + s] = low ? own : other;
+    static __device__ __forceinline__ void keep_plane(uint32_t (&b)[STEPS], int s, uint32_t own, uint32_t given, bool low) {
+        const uint32_t got = __shfl_xor_sync(~0u, given, 4);
+        b[s] = low ? got : own, b[2 + s] = low ? own : got;
     }
     // The same for one token alone, whose inputs all lanes have a part of. Each is converted once, not by both its columns, and reaches
     // them through `bytes`, the shared address of two planes of UNITS * 64 bytes: high bytes and low ones, in the order of the codes.
@@ -90,7 +93,7 @@ struct FixedInputs {
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) top = most(most(most(most(top, pieces[i].x), pieces[i].y), pieces[i].z), pieces[i].w);
-        const float inverse = scale_of_one(top);
+        const __half2 inverse = scale_of_one(top);
         const uint32_t to = bytes + lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
@@ -106,23 +109,22 @@ struct FixedInputs {
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) top = most(top, pairs[i]);
-        const float inverse = scale_of_one(top);
+        const __half2 inverse = scale_of_one(top);
         const bool second = lane / 4 % 2;
-        const uint32_t pick = second ? 0x1504 : 0x7362, flip = second ? 0x80808080u : 0;
+        const uint32_t pick = second ? 0x3726 : PICK_HIGH;
         const uint32_t to = bytes + second * (UNITS * 64) + lane % 4 * 16 + lane / 8 * 4;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            const float2 x = __half22float2(as_half2(pairs[i]));
-            const uint32_t own = __byte_perm(as_fixed(x.x, inverse), as_fixed(x.y, inverse), 0x5140);  // low, low, high, high
-            store_shared4(to + i * 64, __byte_perm(own, __shfl_xor_sync(~0u, own, 4), pick) ^ flip);
+            const uint32_t own = bytes_of(pairs[i], inverse);
+            store_shared4(to + i * 64, __byte_perm(own, __shfl_xor_sync(~0u, own, 4), pick));
         }
         take_planes(bytes, lane);
     }
     // The one token's step, from the largest of each lane's inputs; returns what inputs are multiplied by.
-    __device__ __forceinline__ float scale_of_one(uint32_t top) {
-        const float largest = __uint_as_float(__reduce_max_sync(~0u, bits_of(top)));
-        step[0] = largest * (1.f / FIXED_MOST);
-        return inverse_of(largest);
+    __device__ __forceinline__ __half2 scale_of_one(uint32_t top) {
+        const __half2 inverse = inverse_of(__reduce_max_sync(~0u, bits_of(top)));
+        step[0] = step_of(inverse);
+        return inverse;
     }
     // Operands from the planes. For the sums a column of the product is a unit, the weights are ones.
     __device__ __forceinline__ void take_planes(uint32_t bytes, uint32_t lane) {
@@ -140,7 +142,7 @@ struct FixedInputs {
         mma_bytes(h, ones, high.z, high.w), mma_bytes(l, ones, low.z, low.w);
         float mean[2];
 #pragma unroll
-        for (int e = 0; e < 2; e++) mean[e] = __int2float_rn((int)h[e] * 256 + (int)l[e]) * (1.f / UNIT_INPUTS);
+        for (int e = 0; e < 2; e++) mean[e] = __int2float_rn((int)h[e] * FIXED_BASE + (int)l[e]) * (1.f / UNIT_INPUTS);
         split(mean, sums);
         static_assert(UNITS % 2 == 0, "a lane's two units are or are not");
         if (g || lane % 4 * 2 >= UNITS) sums[0] = sums[1] = 0;  // the token is column 0
@@ -151,21 +153,27 @@ struct FixedInputs {
         const __half2 v = __floats2half2_rn(mean[0], mean[1]);
         parts[0] = as_u32(v), parts[1] = as_u32(__floats2half2_rn(mean[0] - __low2float(v), mean[1] - __high2float(v)));
     }
-    // v + 128 in 16 bits: the upper byte is the nearest multiple of 256, the lower one what is left, plus 128.
-    static __device__ __forceinline__ uint32_t as_fixed(float x, float inverse) {
-        return __float_as_uint(__fmaf_rn(x, inverse, FLOAT_ZERO_VALUE + 128.f));
+    // Bytes of two inputs: high, high, low, low. 1536 and an integer of 8 bits is an f16 with the integer in its lower byte; what it
+    // leaves is exact but for 2^-13 of a high byte's step.
+    static __device__ __forceinline__ uint32_t bytes_of(uint32_t pair, __half2 inverse) {
+        const __half2 x = as_half2(pair), zero = __float2half2_rn(1536.f), high = __hfma2(x, inverse, zero);
+        const __half2 left = __hfma2(x, inverse, __hsub2(zero, high)), low = __hfma2(left, __float2half2_rn(FIXED_BASE), zero);
+        return __byte_perm(as_u32(high), as_u32(low), 0x6420);
     }
     // Inputs 2q, 2q + 1 and 2q + 8, 2q + 9, as bytes in the order of the codes.
-    static __device__ __forceinline__ void both(uint32_t even, uint32_t odd, float inverse, uint32_t& high, uint32_t& low) {
-        const float2 x = __half22float2(as_half2(even)), y = __half22float2(as_half2(odd));
-        const uint32_t a = __byte_perm(as_fixed(x.x, inverse), as_fixed(y.x, inverse), 0x5140);  // low, low, high, high
-        const uint32_t c = __byte_perm(as_fixed(x.y, inverse), as_fixed(y.y, inverse), 0x5140);
-        low = __byte_perm(a, c, 0x5410) ^ 0x80808080u, high = __byte_perm(a, c, 0x7632);
+    static __device__ __forceinline__ void both(uint32_t even, uint32_t odd, __half2 inverse, uint32_t& high, uint32_t& low) {
+        const uint32_t a = bytes_of(even, inverse), c = bytes_of(odd, inverse);
+        high = __byte_perm(a, c, PICK_HIGH), low = __byte_perm(a, c, PICK_LOW);
     }
     static __device__ __forceinline__ uint32_t bits_of(uint32_t pair) {
         return __float_as_uint(__half2float(__hmax_nan(__low2half(as_half2(pair)), __high2half(as_half2(pair)))));
     }
-    static __device__ __forceinline__ float inverse_of(float largest) { return largest > 0.f ? __fdividef(FIXED_MOST, largest) : 0.f; }
+    // Of the largest input's bits: high bytes' steps in 1, twice. Not a number if that is none.
+    static __device__ __forceinline__ __half2 inverse_of(uint32_t largest) {
+        const __half share = __float2half_rn(__fdividef(127.f, __uint_as_float(largest)));
+        return __half2half2(__hmin_nan(share, __float2half_rn(LEAST_SHARE)));
+    }
+    static __device__ __forceinline__ float step_of(__half2 inverse) { return __fdividef(1.f / FIXED_BASE, __low2float(inverse)); }
     static __device__ __forceinline__ uint32_t most(uint32_t a, uint32_t b) {
         return as_u32(__hmax2_nan(as_half2(a), __habs2(as_half2(b))));
     }
@@ -186,7 +194,7 @@ struct FixedInputs {
 #pragma unroll
         for (int t = 0; t < TILES; t++) {
             const int high = c[t][0][0] + c[t][1][0], low = c[t][0][1] + c[t][1][1];
-            mean[t] = __int2float_rn(high * 256 + low) * (1.f / UNIT_INPUTS);
+            mean[t] = __int2float_rn(high * FIXED_BASE + low) * (1.f / UNIT_INPUTS);
         }
         split(mean, sums);
         sums[0] = transpose(sums[0]), sums[1] = transpose(sums[1]);
@@ -270,7 +278,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[TILES][2], uint32_t 
             for (int t = 0; t < TILES; t++)
 #pragma unroll
                 for (int r = 0; r < 2; r++)
-                    acc[t][r] = __fmaf_rn(r ? scale.y : scale.x, __int2float_rn((int)c[n][t][2 * r] * 256 + (int)c[n][t][2 * r + 1]),
+                    acc[t][r] = __fmaf_rn(r ? scale.y : scale.x, __int2float_rn((int)c[n][t][2 * r] * FIXED_BASE + (int)c[n][t][2 * r + 1]),
                                           acc[t][r]);
         }
     }

@@ -32,7 +32,7 @@ struct StripInputs {
         uint32_t bits = Fixed::bits_of(top);
 #pragma unroll
         for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
-        const float largest = __uint_as_float(bits), inverse = Fixed::inverse_of(largest);
+        const __half2 inverse = Fixed::inverse_of(bits);
         const bool odd = lane % 2, upper = lane / 2 % 2, low = lane / 4 % 2;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
@@ -45,10 +45,10 @@ struct StripInputs {
             for (int s = 0; s < 2; s++) {
                 uint32_t high, rest;
                 Fixed::both(even[s], next[s], inverse, high, rest);
-                Fixed::keep_plane(b[t][i], s, high, rest, low);
+                Fixed::keep_plane(b[t][i], s, low ? rest : high, low ? high : rest, low);
             }
         }
-        step[t] = __shfl_sync(~0u, largest, lane % 4 * 8) * (1.f / FIXED_MOST);
+        step[t] = __shfl_sync(~0u, Fixed::step_of(inverse), lane % 4 * 8);
     }
     // One token alone, with the same bits: chunk c = lane + 32 i of eight inputs. Each lane has a part of it, and the bytes reach the lanes
     // of its columns through `planes`, a shared address of 2 PLANE_BYTES of the warp: high bytes, low bytes.
@@ -56,7 +56,7 @@ struct StripInputs {
         uint32_t top = 0;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) top = most_of(top, chunks[i]);
-        const float largest = __uint_as_float(__reduce_max_sync(~0u, Fixed::bits_of(top))), inverse = Fixed::inverse_of(largest);
+        const __half2 inverse = Fixed::inverse_of(__reduce_max_sync(~0u, Fixed::bits_of(top)));
         // Two lanes have the halves of a k16 step: the even one makes the words of lanes q = 0 and 1, the odd one those of 2 and 3.
         const bool odd = lane % 2;
 #pragma unroll
@@ -80,7 +80,7 @@ struct StripInputs {
             b[0][i][0] = v.x, b[0][i][1] = v.y, b[0][i][2] = v.z, b[0][i][3] = v.w;
         }
         __syncwarp();
-        step[0] = largest * (1.f / FIXED_MOST);
+        step[0] = Fixed::step_of(inverse);
     }
     static __device__ __forceinline__ uint32_t most_of(uint32_t top, const uint4& v) {
         return Fixed::most(Fixed::most(Fixed::most(Fixed::most(top, v.x), v.y), v.z), v.w);
@@ -161,5 +161,5 @@ __device__ __forceinline__ void multiply_part(float (&sum)[TILES][2], uint32_t u
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) sum[t][r] = __fmaf_rn(acc[t][2 * r], 256.f, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f) * x.step[t];
+        for (int r = 0; r < 2; r++) sum[t][r] = __fmaf_rn(acc[t][2 * r], (float)FIXED_BASE, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f) * x.step[t];
 }
