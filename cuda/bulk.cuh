@@ -55,3 +55,7 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
     bulk_copy(smem_address(shared), global, bytes, smem_address(barrier));
 }
+// Into L2 alone.
+__device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}

@@ -112,27 +112,48 @@ struct StoreWide {
     }
 };
 
-// The items of all tokens, one after the other, are dealt out over the attention warps of all blocks; the same ones in every layer.
+// The items of all tokens, one after the other, are dealt out over the attention warps of all blocks; the same ones in every layer. Little
+// stays in registers from item to item: attn_decode_item needs them all.
+template <bool ZEROS, typename Take>
+__device__ __forceinline__ void for_each_item(const Args& p, const Shared<ZEROS>& shared, uint32_t tokens, Take take) {
+    const uint32_t tiles = attn_head_tiles(p.heads);
+#pragma unroll 1
+    for (uint32_t item = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x;; item += (WARPS - ATTENTION) * gridDim.x) {
+        uint32_t m = 0, i = item;
+        for (; m < tokens; m++) {
+            const uint32_t items = tiles * attn_chunks(min(shared.token[m].position, p.max_context - 1));
+            if (i < items) break;
+            i -= items;
+        }
+        if (m == tokens) break;
+        take(AttnItem{m, i % tiles, i / tiles});
+    }
+}
+
+// Asks for an item's cached keys and values to come into L2.
+__device__ __forceinline__ void prefetch(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t) {
+    const uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK, end = min(key0 + PEREGRINE_ATTN_CHUNK, t.first_new);
+    if (threadIdx.x % 32 != 0 || key0 >= end) return;
+    const size_t first = ((size_t)t.slot * p.max_context + key0) * PEREGRINE_HEAD_DIM;
+    const uint32_t bytes = (end - key0) * PEREGRINE_HEAD_DIM * 2;
+    prefetch_bulk(p.k_cache + first, bytes), prefetch_bulk(p.v_cache + first, bytes);
+}
+
+// While its queries are computed, the keys and values that an item needs come into L2: from memory they would come as slowly as weights.
 template <bool ZEROS>
 __device__ __forceinline__ void attention(const Args& p, Shared<ZEROS>& shared, uint32_t tokens) {
     if (threadIdx.x % 32 < tokens) shared.token[threadIdx.x % 32] = p.step->token[threadIdx.x % 32];  // each warp for itself
     __syncwarp();
-    const uint32_t tiles = attn_head_tiles(p.heads);
 #pragma unroll 1
-    for (uint32_t l = 0; l < p.layers; l++)
-#pragma unroll 1
-        for (uint32_t item = (threadIdx.x / 32 - ATTENTION) * gridDim.x + blockIdx.x;; item += (WARPS - ATTENTION) * gridDim.x) {
-            // Little stays in registers from item to item: attn_decode_item needs them all.
-            uint32_t m = 0, i = item;
-            for (; m < tokens; m++) {
-                const uint32_t items = tiles * attn_chunks(min(shared.token[m].position, p.max_context - 1));
-                if (i < items) break;
-                i -= items;
-            }
-            if (m == tokens) break;
-            attn_decode_item(p.attn[l], {m, i % tiles, i / tiles}, attn_token(p.attn[l], m, shared.token[m]), FetchReady{p, l},
+    for (uint32_t l = 0; l < p.layers; l++) {
+        for_each_item(p, shared, tokens, [&](const AttnItem& item) {
+            if (item.head_tile == 0) prefetch(p.attn[l], item, attn_token(p.attn[l], item.token, shared.token[item.token]));
+        });
+        for_each_item(p, shared, tokens, [&](const AttnItem& item) {
+            attn_decode_item(p.attn[l], item, attn_token(p.attn[l], item.token, shared.token[item.token]), FetchReady{p, l},
                              StoreWide{p, l});
-        }
+        });
+    }
 }
 
 // A warp multiplies WARP_UNITS units of every strip, without a branch; those the strip does not have are zeros that no copy touches.
