@@ -30,14 +30,29 @@
 //           producer: nothing between a copy's arrival and the next, on a third card:
 //                                            before          1.060       1.089      1.290
 //                                            after           1.012       1.027      1.283
-//           The program, from ids to ids, sampling included: 972 tokens/s on a card where this takes 1.022, 1.035, 1.045 ms at 128, 1024,
-//           2047 and 1.32 with 8 tokens.
+//           From here on by a harness that launches it 30 times in a row; texts of their own:
+//                                                        1 at 128   1 at 1900  8 at 128   8 at 1024   4 at 1900   8 at 1900
+//           8 tokens' storer, on a fourth card: before       1.031       1.041      1.305      1.60        1.42        1.96
+//                                            after           1.032       1.046      1.228      1.53        1.44        1.88
+//           sums joined as integers          after           1.026       1.042      1.187
+//           inputs to bytes in f16           after           1.024       1.039      1.178      1.51
+//           keys and values into L2          before          1.023       1.046      1.196      1.526       1.40        1.86
+//                                            after           1.027       1.044      1.208      1.501       1.37        1.83
+//           all, on a card just started                      1.012       1.027      1.155      1.475       1.37        1.83
 // Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
 //           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
-//           8 tokens: bound by the consumers, some 280 instructions a strip and warp.
+//           8 tokens: the same chain, and power. In cycles a layer is 1.09 of one token's, 55.0 thousand for 50.5, but at 1.59 GHz where
+//           one token has 1.78: all multiprocessors' instructions are twice as many, and the GPU runs against its 700 W. Half the products
+//           1.134 where all took 1.188, no conversion of inputs 1.125.
+// Phases    of a layer, us, a warp of consumers, average of the blocks (it is 28.4 us with 1 token, 33.9 with 8):
+//                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
+//           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
+//           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3
+//           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
+//           Attention, 8 texts at 1024, an item: 4.8 for its rounds, 3.8 to join; a warp has one or two.
 // Tried     (ms a step, 1 token at 128)
 //           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
 //           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
@@ -55,6 +70,11 @@
 //           a stage in two copies with a barrier each, two halves under way in turn: 1.030 (against 1.028)
 //           the words of the next strip in registers ahead of its inputs: 1.026 (against 1.028), but at 2047 1.057 (against 1.046)
 //           the producer asks its barrier by test_wait instead of try_wait: the same
+//           8 tokens (against 1.19 to 1.21): norms published as bytes, for which their readers have nothing to do but to read: 1.21; the
+//           same with the steps of all warps in one line, for which all poll: 1.25, and 2 tokens 1.13 for 1.04. A pause of 100 ns after
+//           each glance: the same. No glance at slices: 1.28 for 1.25. Lane and thread kept in registers: the same
+//           attention with a round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at 1900 1.88
+//           for 1.835; the same with 480 bytes spilled: 1.75, 2.34
 //           before bytes (against 1.113):
 //           three runs of [down | dense] with inputs asked for ahead by cp.async     1.176: more joins than it saved, more registers
 //           unpacking by mul.hi on the FMA pipe instead of shifts                    1.201
@@ -69,9 +89,10 @@
 //           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
 //           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
 //           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
-// Next      Moments applied to sums, so that products begin before the norm is complete; shares even to a third again; for 8 tokens fewer
-//           instructions a strip.
-// Spills    104 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
+// Next      Moments applied to sums, so that products begin before the norm is complete; for 8 tokens fewer instructions: 250 a strip and
+//           warp, 550 to take a slice's inputs. For several texts of 1000 tokens and more, attention that joins fewer chunks: its items
+//           come one after the other in two warps a block, while consumers wait.
+// Spills    76 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
 //           layer's first with one token.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"

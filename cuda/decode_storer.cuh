@@ -72,7 +72,8 @@ struct Storer {
         uint32_t pairs[HALF];
 #pragma unroll
         for (int r = 0; r < HALF; r++) {
-            const float own = (odd ? sum[(HALF + r) % ROWS] : sum[r]), other = __shfl_xor_sync(~0u, odd ? sum[r] : sum[(HALF + r) % ROWS], 1);
+            const float low = sum[r], high = sum[(HALF + r) % ROWS];
+            const float own = odd ? high : low, other = __shfl_xor_sync(~0u, odd ? low : high, 1);
             pairs[r] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
         }
 #pragma unroll

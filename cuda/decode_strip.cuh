@@ -12,9 +12,9 @@
 //                          k, row  2q+9  2q+9  2q+1  2q+1  2q+8  2q+8  2q    2q       & 0xf0f0f0f0: row g + 8, the same
 //                                  g+8   g     g+8   g     g+8   g     g+8   g
 //
-// Sums        of a unit are exact integers below 2^21. They start at the bits of 1.5 * 2^23, so that they are f32 numbers already.
-// Zero points are subtracted at the end: a product of scales (x zero points) and the sums of a unit's v, whose k is the unit. As f16 the
-//             sums are a pair, exactly.
+// Sums        of a unit are exact integers: of high and low bytes below 2^21 each, 254 high + low below 2^29, which one conversion rounds.
+// Zero points are what the sums begin with: minus a product of scales (x zero points) and the sums of a unit's v, whose k is the unit. As
+//             f16 the sums are a pair, exactly.
 #pragma once
 #include "units.cuh"
 
@@ -41,8 +41,6 @@ __device__ __forceinline__ void store_shared8(uint32_t address, uint32_t v, uint
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v), "r"(w) : "memory");
 }
 
-constexpr uint32_t FLOAT_ZERO = 0x4b400000;  // 1.5 * 2^23: adding an integer below 2^22 to these bits adds it to the number
-constexpr float FLOAT_ZERO_VALUE = 12582912.f;
 constexpr int FIXED_BASE = 254;            // 2 * 127: what a high byte leaves, half a step at most, is a low byte
 constexpr float LEAST_SHARE = 32768.f;     // high bytes' steps in 1, at most: as f16
 constexpr uint32_t PICK_HIGH = 0x5140, PICK_LOW = 0x7362;  // of two FixedInputs::bytes_of

@@ -1,9 +1,13 @@
 // strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Used by gptq_gemv. The
-// arithmetic is decode_step's, and decode_strip.cuh draws its operands: inputs in 16-bit fixed point, as columns of high and of low bytes
+// arithmetic is decode_step's, and decode_strip.cuh draws its operands: inputs in fixed point, as columns of high and of low bytes
 // of a product of bytes; codes by one mask for each of rows g and g + 8. Here a unit may have two scales, inputs come in the order of
 // memory, and zero points are subtracted unit by unit: zero point x sum of the inputs is an integer too.
 #pragma once
 #include "decode_strip.cuh"
+
+// Sums of a unit start at these bits, 1.5 * 2^23: with an integer below 2^22 added they are f32 numbers already.
+constexpr uint32_t FLOAT_ZERO = 0x4b400000;
+constexpr float FLOAT_ZERO_VALUE = 12582912.f;
 
 __device__ __forceinline__ float2 load_shared8(uint32_t address) {
     float2 v;
@@ -161,5 +165,6 @@ __device__ __forceinline__ void multiply_part(float (&sum)[TILES][2], uint32_t u
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) sum[t][r] = __fmaf_rn(acc[t][2 * r], (float)FIXED_BASE, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f) * x.step[t];
+        for (int r = 0; r < 2; r++)
+            sum[t][r] = __fmaf_rn(acc[t][2 * r], (float)FIXED_BASE, acc[t][2 * r + 1]) * (r ? 1.f / 16.f : 1.f) * x.step[t];
 }
