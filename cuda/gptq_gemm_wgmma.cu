@@ -41,6 +41,7 @@
 #include "gemm_output.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
+#include "staged.cuh"
 #include "tma.cuh"
 
 namespace {
@@ -60,7 +61,10 @@ struct GemmShape {
     static constexpr int X_BYTES = TOKENS * TOKEN_BYTES;  // of a unit's inputs
     static constexpr int COPIED_BYTES = STAGE_UNITS * (X_BYTES + TILE_UNITS * Units::BYTES);
     static constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
-    static constexpr int EXTRA_BYTES = GROUPS * 4 * TRANSPOSE_BYTES + 1024;  // and barriers
+    // An f16 tile lies in the last stage, and in what follows the ring; of an f32 tile each warp has some there.
+    static constexpr int STAGED_BYTES = GROUPS * TOKENS * 128, BEYOND_BYTES = STAGED_BYTES - STAGE_BYTES;
+    static constexpr int TAIL_BYTES = GROUPS * 4 * TRANSPOSE_BYTES > BEYOND_BYTES ? GROUPS * 4 * TRANSPOSE_BYTES : BEYOND_BYTES;
+    static constexpr int EXTRA_BYTES = TAIL_BYTES + 1024;  // and barriers
     static constexpr int FIT = (SHARED_BYTES - EXTRA_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 4 ? FIT : 4;
     static_assert(STAGES >= 3, "one in use, one left, one under way");
@@ -69,7 +73,8 @@ struct GemmShape {
 };
 
 struct GemmParams {
-    CUtensorMap w, x;  // [row tiles][k units * unit words] u64; [tokens][k] f16
+    CUtensorMap w, x;           // [row tiles][k units * unit words] u64; [tokens][k] f16
+    CUtensorMap out, gelu_out;  // [tokens][rows] f16, each if there are such rows
     GptqMatmulParams p;
     GemmPlan plan;
 };
@@ -79,6 +84,7 @@ struct GemmParams {
 // The stages: activations [unit][TOKENS][64] and weights [row tile][unit] of two units, or of one if that is the segment's last. Every
 // segment begins at slot 0, so that the multiplying loop, unrolled over the slots, has addresses that are constants. `full` is passed
 // when a stage's copies are in, `empty` when all warps that multiply have left it; `uses` has a bit for each slot, the parity of its uses.
+// An f16 tile takes the last slot for its way out, until `stored`.
 template <class Shape>
 struct Ring {
     uint8_t* smem;
@@ -86,14 +92,17 @@ struct Ring {
 
     __device__ __forceinline__ uint8_t* stage(uint32_t slot) const { return smem + slot * Shape::STAGE_BYTES; }
     __device__ __forceinline__ uint64_t* full(uint32_t slot) const {
-        return reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES) + slot;
+        return reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::TAIL_BYTES) + slot;
     }
     __device__ __forceinline__ uint64_t* empty(uint32_t slot) const { return full(slot) + Shape::STAGES; }
+    __device__ __forceinline__ uint64_t* stored() const { return full(2 * Shape::STAGES); }
     __device__ __forceinline__ void wait_full(uint32_t slot) {
         barrier_wait(full(slot), uses >> slot & 1);
         uses ^= 1 << slot;
     }
-    __device__ __forceinline__ void wait_empty(uint32_t slot) { barrier_wait(empty(slot), ~uses >> slot & 1); }
+    __device__ __forceinline__ void wait_empty(uint32_t slot) const { barrier_wait(empty(slot), ~uses >> slot & 1); }
+    // The f16 tiles so far, `count`, have left the last stage.
+    __device__ __forceinline__ void wait_stored(uint32_t count) const { barrier_wait(stored(), ~count & 1); }
 };
 
 struct TilePlace {
@@ -117,8 +126,10 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
     };
     prefetch_map(g.w);
     prefetch_map(g.x);
+    const bool halves = !g.p.y.partials && !g.p.y.residual;
     GemmSegment s;
     bool first = true;
+    uint32_t tiles = 0;  // f16 ones before this segment
     for (GemmWalk walk(g.plan, share_index); walk.next(s); first = false) {
         const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
         if (first) {
@@ -129,6 +140,7 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
         uint32_t slot = 0;
         for (uint32_t u = s.begin; u < s.end; u += Shape::STAGE_UNITS) {
             ring.wait_empty(slot);
+            if (slot == Shape::STAGES - 1) ring.wait_stored(tiles);
             ring.uses ^= 1 << slot;
             if (!first || u >= s.begin + EARLY * Shape::STAGE_UNITS) fetch_weights(slot, place, u);
             for (uint32_t i = 0; i < Shape::STAGE_UNITS; i++) {
@@ -137,8 +149,26 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
             }
             if (++slot == Shape::STAGES) slot = 0;
         }
+        ring.wait_stored(tiles);
+        tiles += s.owner && halves;
     }
     if (first) wait_previous();
+}
+
+// The warp that sends f16 tiles on their way.
+template <class Shape>
+__device__ __forceinline__ void store_tiles(const GemmParams& g, const Ring<Shape>& ring, uint32_t share_index) {
+    if (g.p.y.partials || g.p.y.residual) return;
+    GemmSegment s;
+    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+        if (!s.owner) continue;
+        const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
+        staged_wait<Shape>();
+        if (threadIdx.x % 32 == 0) {
+            store_staged<Shape>(g.p, g.out, g.gelu_out, place.tile0 * UNIT_ROWS, place.token0, smem_address(ring.stage(Shape::STAGES - 1)));
+            barrier_arrive(ring.stored());
+        }
+    }
 }
 
 // Raw::unpack, spelled out: through that ptxas orders the loop otherwise, which was not measured.
@@ -235,8 +265,9 @@ struct Multiplier {
 template <class Shape>
 __device__ __forceinline__ void multiply_segments(const GemmParams& g, uint8_t* smem, uint32_t share_index) {
     const uint32_t lane = threadIdx.x % 32, unit = threadIdx.x / 32, group = threadIdx.x / 128;
-    uint8_t* transpose = smem + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
     Multiplier<Shape> multiplier(smem, unit);
+    const Ring<Shape>& ring = multiplier.ring;
+    uint32_t tiles = 0;  // f16 ones so far
     const bool halves = !g.p.y.partials && !g.p.y.residual;
     GemmSegment s;
     for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
@@ -251,9 +282,18 @@ __device__ __forceinline__ void multiply_segments(const GemmParams& g, uint8_t* 
             continue;
         }
         if (!s.complete) take_sums<Shape>(g.p, acc, share_index + 1, g.plan.shares_end(s.tile), group);
-        if (row >= g.p.w.n) continue;
-        if (halves) store_halves<Shape::TOKENS>(g.p, row, bias, place.token0, acc, transpose);
-        else store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc, transpose);
+        if (!halves) {
+            uint8_t* transpose = smem + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
+            if (row < g.p.w.n) store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc, transpose);
+            continue;
+        }
+        uint32_t pairs[Shape::TOKENS / 8][2];
+        if (row < g.p.y.split_row) to_halves<Shape::TOKENS, false>(acc, bias, pairs);
+        else to_halves<Shape::TOKENS, true>(acc, bias, pairs);
+        ring.wait_empty(Shape::STAGES - 1);
+        ring.wait_stored(tiles++);
+        stage_halves(smem_address(ring.stage(Shape::STAGES - 1)) + group * Shape::TOKENS * 128, pairs);
+        staged_arrive<Shape>();
     }
 }
 
@@ -270,6 +310,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
             barrier_init(ring.full(i), 1);
             barrier_init(ring.empty(i), Shape::GROUPS * 4);
         }
+        barrier_init(ring.stored(), 1);
         barrier_init_done();
     }
     __syncthreads();
@@ -280,6 +321,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
         if (threadIdx.x == Shape::GROUPS * 128) fetch<Shape>(g, ring, share_index);
         if (warp == Shape::GROUPS * 4 + 1 && g.plan.gives(share_index)) publish_sums<Shape>(g.p, share_index);
+        if (warp == Shape::GROUPS * 4 + 2) store_tiles<Shape>(g, ring, share_index);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
         wait_previous();
@@ -294,7 +336,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     const GemmPlan plan(*p, Shape::GROUPS, Shape::TOKENS, multiprocessors);
-    GemmParams g = {{}, {}, *p, plan};
+    GemmParams g = {{}, {}, {}, {}, *p, plan};
     const cuuint64_t row_longs = (cuuint64_t)UNIT_LONGS * plan.k_units;
     const TensorShape<2> w = {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, {row_longs, p->w.n / UNIT_ROWS}, {row_longs * 8},
                               {UNIT_LONGS * Shape::STAGE_UNITS, Shape::TILE_UNITS}, CU_TENSOR_MAP_SWIZZLE_NONE};
@@ -302,6 +344,14 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
                               {UNIT_INPUTS, Shape::TOKENS}, CU_TENSOR_MAP_SWIZZLE_128B};
     cudaError_t e = make_tensor_map(&g.w, p->w.units, w);
     if (e == cudaSuccess) e = make_tensor_map(&g.x, p->x, x);
+    const auto halves_map = [&](CUtensorMap* map, const void* data, uint32_t rows, uint32_t stride) {
+        const TensorShape<2> out = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {rows, p->tokens}, {(cuuint64_t)stride * 2}, {64, Shape::TOKENS},
+                                    CU_TENSOR_MAP_SWIZZLE_128B};
+        if (e == cudaSuccess && halves && rows > 0) e = make_tensor_map(map, data, out);
+    };
+    const uint32_t split = p->y.split_row < p->w.n ? p->y.split_row : p->w.n;
+    halves_map(&g.out, p->y.out, split, p->y.out_stride);
+    halves_map(&g.gelu_out, p->y.gelu_out, p->w.n - split, p->y.gelu_stride);
     if (e != cudaSuccess) return (int32_t)e;
     constexpr size_t smem = (size_t)Shape::RING_BYTES + Shape::EXTRA_BYTES;
     return launch(gptq_gemm_wgmma_kernel<Shape>, dim3(plan.blocks), Shape::THREADS, smem, l, g);
