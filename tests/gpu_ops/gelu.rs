@@ -12,7 +12,7 @@ fn spacing(y: f32) -> f32 {
     (exponent - 10.0).exp2()
 }
 
-/// Rounding to f16 is off by half a spacing; 0.5 v (1 + erff(v / sqrt 2)) in f32 by 1.4 more near -5, `gelu_quick` by 0.16.
+/// Rounding to f16 is off by half a spacing; 0.5 v (1 + erff(v / sqrt 2)) in f32 by 2 more near -5, `gelu_quick` by 0.16.
 #[test]
 fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
     let Some((_, stream)) = gpu() else { return };
@@ -30,8 +30,7 @@ fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
     let w = repack(&stream, n, 64, &[(&Quantised::new(&mut Random::new(41), n, 64, G64), 0, 0)]);
     let bias = DevBuf::from_host(&stream, "bias", &bias).unwrap();
     let x = DevBuf::from_host(&stream, "x", &vec![0u16; m * 64]).unwrap();
-    for (kernel, most) in
-        [(MatmulKernel::Gemv, 1.95), (MatmulKernel::Batch, 1.95), (MatmulKernel::Gemm, 0.67)]
+    for (kernel, most) in [(MatmulKernel::Gemv, 2.5), (MatmulKernel::Batch, 2.5), (MatmulKernel::Gemm, 0.67)]
     {
         let (mut out, mut wide) = (nan16(&stream, m * qkv), nan16(&stream, m * (n - qkv)));
         let output = MatmulOutput::Split {
