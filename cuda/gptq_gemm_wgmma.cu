@@ -164,10 +164,9 @@ __device__ __forceinline__ void store_tiles(const GemmParams& g, const Ring<Shap
         if (!s.owner) continue;
         const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
         staged_wait<Shape>();
-        if (threadIdx.x % 32 == 0) {
-            store_staged<Shape>(g.p, g.out, g.gelu_out, place.tile0 * UNIT_ROWS, place.token0, smem_address(ring.stage(Shape::STAGES - 1)));
-            barrier_arrive(ring.stored());
-        }
+        store_staged<Shape>(g.p, g.out, g.gelu_out, place.tile0 * UNIT_ROWS, place.token0, ring.stage(Shape::STAGES - 1));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.stored());
     }
 }
 

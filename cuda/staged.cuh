@@ -1,7 +1,7 @@
 // staged — how gptq_gemm's sm_90a kernel stores an f16 tile: by way of shared memory, while its warps multiply the next one.
 //
-// The staged tile is [warpgroup][token][64 rows], 16-byte chunk c of token t at c ^ (t % 8): the copy engine's 128-byte swizzle. acc[n][e] of
-// lane l of a warp: row l / 4 (e < 2) or l / 4 + 8 of the warp's row tile, token 8 n + 2 (l % 4) + e % 2.
+// The staged tile is [warpgroup][token][64 rows], 16-byte chunk c of token t at c ^ (t % 8): the copy engine's 128-byte swizzle. Sums
+// acc[n][e] of lane l of a warp: row l / 4 (e < 2) or l / 4 + 8 of the warp's row tile, token 8 n + 2 (l % 4) + e % 2.
 #pragma once
 #include "gelu.cuh"
 #include "tma.cuh"
@@ -46,18 +46,27 @@ template <class Shape>
 __device__ __forceinline__ void staged_wait() {
     asm volatile("bar.sync %0, %1;" ::"n"(PEREGRINE_GEMM_GROUPS + 2), "n"(Shape::GROUPS * 128 + 32) : "memory");
 }
-// One thread: the tile from `row0`, `token0` on to global memory. `staged` may be written again after this.
+// The warp that stores: the tile from `row0`, `token0` on to global memory. `staged` may be written again after this.
 template <class Shape>
 __device__ __forceinline__ void store_staged(const GptqMatmulParams& p, const CUtensorMap& out, const CUtensorMap& gelu_out, uint32_t row0,
-                                             uint32_t token0, uint32_t staged) {
-    const uint32_t split = p.y.split_row;
-#pragma unroll
-    for (int group = 0; group < Shape::GROUPS; group++) {
-        const uint32_t row = row0 + group * 64, from = staged + group * Shape::TOKENS * 128;
-        if (row < p.w.n && row < split) store_box(out, row, token0, from);
-        if (row < p.w.n && row + 64 > split && split < p.w.n) store_box(gelu_out, row - split, token0, from);
+                                             uint32_t token0, const uint8_t* staged) {
+    const uint32_t split = p.y.split_row, lane = threadIdx.x % 32;
+    for (uint32_t group = 0; group < Shape::GROUPS; group++, staged += Shape::TOKENS * 128) {
+        const uint32_t row = row0 + group * 64;
+        if (row < split && row + 64 > split && split < p.w.n) {  // of both kinds
+            for (uint32_t i = lane; i < Shape::TOKENS * 8; i += 32) {
+                const uint32_t token = i / 8, m = token0 + token, at = row + i % 8 * 8;
+                if (m >= p.tokens || at >= p.w.n) continue;
+                uint16_t* to = at < split ? p.y.out + (size_t)m * p.y.out_stride + at
+                                          : p.y.gelu_out + (size_t)m * p.y.gelu_stride + at - split;
+                *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(staged + token * 128 + (i % 8 ^ token % 8) * 16);
+            }
+        } else if (lane == 0 && row < p.w.n) {
+            if (row < split) store_box(out, row, token0, smem_address(staged));
+            else store_box(gelu_out, row - split, token0, smem_address(staged));
+        }
     }
-    store_boxes_read();
+    if (lane == 0) store_boxes_read();
 }
 
 #endif
