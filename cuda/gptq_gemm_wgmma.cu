@@ -10,31 +10,34 @@
 // Tokens   a tile has 72 to 256, of 9 sizes the one whose plan takes the least time; 3 warpgroups up to 160 tokens, then 2, so that sums,
 //          two units of weights and addresses fit the registers.
 // Shared   a stage: activations [unit][TOKENS][64] f16 with the 128-byte swizzle; then [row tile][unit] as they lie in memory.
+// Store    an f16 tile goes into the last stage, which is filled again when the copy engine has stored the tile: by then the warps multiply
+//          the next one's first stages. f32 tiles go through 512 bytes of each warp.
 // Few      at 65 to 160 tokens the loop is bound by what a warp issues, not by memory: some 75 instructions a unit, 52 of them unpacking,
 //          at 6 cycles each. Hence addresses that are constants (Ring), no test of a first unit, no barrier but one a stage.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
-// Measured inside graphs, cold weights, by turns with the kernel before these loops (in brackets); H200 at 1.4 to 1.75 of 1.98 GHz (it had
-//          just been busy), us, and thousands of cycles of both products:
-//              tokens        65           72           80           96           128          129          192          257
-//              [qkv ; up]    34.6 (47.4)  29.0 (39.8)  30.2 (39.3)  32.8 (41.5)  40.9 (48.2)  44.7 (68.6)  63.3 (74.9)  98.3 (123.2)
-//              [down|dense]  35.5 (47.4)  32.0 (42.5)  33.4 (41.8)  37.1 (44.9)  45.4 (53.4)  51.3 (72.7)  62.2 (78.9)  88.4 (111.3)
-//              cycles        102 (139)    105 (143)    111 (144)    120 (153)    145 (174)    161 (240)    205 (256)    284 (357)
-//          Within 1.35 of the floor and 10 us at all numbers of tokens from 65 to 600 if the clock is 1.66 GHz (65, 66), 1.6 (81) or less.
-//          Beside torch.matmul on f16 weights, by turns of 60 ms: 512 tokens 1.000 and 1.000 (before 1.069, 1.049), 1024 1.040 and
-//          0.998 (1.089, 1.043), 2048 1.034 and 0.989 (1.062, 1.008). The GPU throttles there and energy is time: by turns of 2 ms, at one
-//          clock, 1.13, 1.07; 1.14, 1.03; 1.07, 1.02. Groups of 32 and zero points: 1.00 to 1.03 of the cycles.
+// Measured inside graphs, cold weights, on the H200 at 1.50 to 1.77 of 1.98 GHz: us of each, thousands of cycles of both; in brackets the
+//          kernel whose warps stored f16 tiles themselves and whose GELU had 14 instructions, two of them slow, by turns with this one:
+//              tokens        65     72     80     96     128    192    257          512          1024         2048
+//              [qkv ; up]    28.4   28.6   30.1   32.8   40.4   62.5   84.5 (86.5)  147 (153)    285 (299)    550 (575)
+//              [down|dense]  31.2   31.5   33.2   37.0   44.4   60.7   85.3         148          288          552
+//              cycles        105    105    110    120    144    205    283 (288)    465 (479)    882 (910)    1723 (1773)
+//          Within 1.35 of the floor and 10 us at all numbers of tokens from 65 to 600 if the clock is 1.72 GHz (65, 66), 1.6 (81) or less.
+//          Beside torch.matmul on f16 weights, by turns of 2 ms in any order: 1.01 and 1.02 at 512 tokens (before 1.06, 1.03), 1.01, 1.02
+//          at 1024 (1.06, 1.01), 0.97, 1.01 at 2048 (1.02, 1.01). torch then has 1.46 to 1.53 GHz, this 1.50 to 1.61: in cycles 1.10, 1.08;
+//          1.08, 1.03; 1.01, 1.03. By turns of 60 ms, all at 1.3 to 1.4 GHz: 1.05, 1.07; 1.04, 1.03; 1.01, 1.02 (up 1.16, 1.13, 1.05).
 // Tried    all on the H200. Ring slots at addresses of run time: 105 instructions a unit, 690 cycles for 192 rows at 80 tokens, of which
 //          tensor cores need 480; now 75 and 579. Pairs of blocks (clusters) that each fetch half of the activations for both: 38.3 for
 //          37.4 us at 65 tokens, 322 for 327 at 1024, 636 both at 2048. Groups that take turns at the tensor cores by barriers: 39.6 for
 //          37.4 us at 65 tokens, no difference at 512. 4 warpgroups at 80 and 96 tokens: 39.5, 43.1 for 37.4, 39.7 us. A ring of weights
 //          asked for before the first activations: the first stage after 7.1, now 4.1 thousand cycles. Sums given behind a fence by all:
-//          3.6, now 1.5 thousand. f32 outputs one by one: 10, now 6 thousand cycles a tile of 256 tokens. All values of GELU before the
-//          first store: 10.9 for 9.8. 128 rows x 256 tokens replaced 256 x 128, twice the unpacking: 1.11 to 1.20 of torch at 2048 tokens.
-//          Units fetched by bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens. Starting the second warpgroup 1500
-//          to 4500 cycles late: no difference. Cutting a whole round of tiles besides what is left over: 855 us for 635 ([down |
-//          dense], 2048 tokens, H100): blocks at different inputs of the same tokens push them out of L2.
-// Short    storing a tile of f16 takes some 10 thousand cycles of 90, in which tensor cores stand still. Few tokens: [down | dense] spends
-//          7 thousand of 54 adding the sums of 5 or 6 blocks. Up to 64 tokens gptq_batch is faster.
+//          3.6, now 1.5 thousand. f32 outputs one by one: 10, now 6 thousand cycles a tile of 256 tokens. 128 rows x 256 tokens replaced
+//          256 x 128, twice the unpacking: 1.11 to 1.20 of torch at 2048. Units fetched by bulk copies of 544 bytes instead of a map: 45
+//          instead of 28 us at 16 tokens. Cutting a whole round of tiles besides what is left over: 855 us for 635 ([down | dense], 2048
+//          tokens, H100): blocks at different inputs of the same tokens push them out of L2. At 256 tokens stages of one unit with the
+//          second warpgroup 0 to 2500 cycles late, or 16 or 32 inputs unpacked and multiplied in turn: the same cycles to 0.5 %.
+//          Sums of shared tiles through the ring, by bulk copies: 0.98 to 0.99 at 512 and 1024 tokens, 1.02 at 65 to 80 ([down | dense]).
+// Short    an f16 tile still stops the tensor cores for 4 of 80 thousand cycles, an f32 tile for 6; the start and sharing tiles take 26
+//          thousand (torch: 11). Few tokens: [down | dense] spends 7 thousand of 54 adding up 5 or 6 blocks. Up to 64 gptq_batch is faster.
 // Spills   4 to 72 bytes, outside the loop (seen for one scale a row).
 #include "bulk.cuh"
 #include "chain.cuh"

@@ -60,7 +60,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;"
         ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(hint) : "memory");
 }
-// Shared address `from` to the box at (c0, c1), of which what lies outside the tensor is left out. A negative place is an illegal instruction.
+// Shared address `from` to the box at (c0, c1), without what lies outside the tensor. A negative place is an illegal instruction.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t c0, uint32_t c1, uint32_t from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(c0), "r"(c1), "r"(from)
                  : "memory");

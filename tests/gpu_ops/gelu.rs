@@ -12,7 +12,7 @@ fn spacing(y: f32) -> f32 {
     (exponent - 10.0).exp2()
 }
 
-/// Rounding to f16 is off by half a spacing; 0.5 v (1 + erff(v / sqrt 2)) in f32 by 2 more near -5, `gelu_quick` by 0.16.
+/// Rounding to f16 is off by half a spacing; 0.5 v (1 + erff(v / sqrt 2)) in f32 by 1.5 more near -5, `gelu_quick` by 0.16.
 #[test]
 fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
     let Some((_, stream)) = gpu() else { return };
