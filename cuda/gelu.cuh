@@ -1,13 +1,15 @@
 // gelu — GELU for kernels that have many of them to compute beside products. (units.cuh has the exact form.)
 #pragma once
 
-// GELU by erfc(z) = t (c1 + t (c2 + ...)) exp(-z^2), t = 1 / (1 + p z), z = |v| / sqrt 2 (Abramowitz and Stegun 7.1.26: within 1.5e-7);
-// 14 instructions where erff takes some 30, and no branch.
+// GELU = max(v, 0) - |v| Phi(-|v|), Phi(-a) = 2^P(a): the logarithm is smooth, and an error of it is a relative error of the tail. P is the
+// polynomial of degree 5 whose largest error over [0, 5.6], in units of the result's f16 spacing, is least (Lawson's reweighted least
+// squares): 0.16 for all f16 and between, where 0.5 v (1 + erff) has 1.5, for want of digits near v = -5. Beyond it P falls for ever.
+// 8 instructions, one of them of the slow kind; erff takes some 30 and a branch. Abramowitz and Stegun's 7.1.26: 14, two slow, and 0.97.
 __device__ __forceinline__ float gelu_quick(float v) {
-    float t, e;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(t) : "f"(fmaf(fabsf(v), 0.3275911f * 0.70710678f, 1.f)));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * v * (-0.5f * 1.44269504f)));
-    const float tail = fmaf(t, fmaf(t, fmaf(t, 0.5307027145f, -0.7265760135f), 0.7107068705f), -0.142248368f);
-    const float half_erfc = t * e * fmaf(t, tail, 0.127414796f);
-    return fmaxf(v, 0.f) - fabsf(v) * half_erfc;
+    const float a = fabsf(v);
+    const float p = fmaf(fmaf(fmaf(fmaf(fmaf(-3.2669518e-4f, a, 5.8874865e-3f), a, -0.048439112f), a, -0.46385074f), a, -1.1492977f), a,
+                         -1.0001132f);
+    float tail;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(tail) : "f"(p));
+    return fmaf(-a, tail, fmaxf(v, 0.f));
 }

@@ -10,37 +10,41 @@
 // Tokens   a tile has 72 to 256, of 9 sizes the one whose plan takes the least time; 3 warpgroups up to 160 tokens, then 2, so that sums,
 //          two units of weights and addresses fit the registers.
 // Shared   a stage: activations [unit][TOKENS][64] f16 with the 128-byte swizzle; then [row tile][unit] as they lie in memory.
+// Store    an f16 tile goes into the last stage, which is filled again when the copy engine has stored the tile: by then the warps multiply
+//          the next one's first stages. f32 tiles go through 512 bytes of each warp.
 // Few      at 65 to 160 tokens the loop is bound by what a warp issues, not by memory: some 75 instructions a unit, 52 of them unpacking,
 //          at 6 cycles each. Hence addresses that are constants (Ring), no test of a first unit, no barrier but one a stage.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
-// Measured inside graphs, cold weights, by turns with the kernel before these loops (in brackets); H200 at 1.4 to 1.75 of 1.98 GHz (it had
-//          just been busy), us, and thousands of cycles of both products:
-//              tokens        65           72           80           96           128          129          192          257
-//              [qkv ; up]    34.6 (47.4)  29.0 (39.8)  30.2 (39.3)  32.8 (41.5)  40.9 (48.2)  44.7 (68.6)  63.3 (74.9)  98.3 (123.2)
-//              [down|dense]  35.5 (47.4)  32.0 (42.5)  33.4 (41.8)  37.1 (44.9)  45.4 (53.4)  51.3 (72.7)  62.2 (78.9)  88.4 (111.3)
-//              cycles        102 (139)    105 (143)    111 (144)    120 (153)    145 (174)    161 (240)    205 (256)    284 (357)
-//          Within 1.35 of the floor and 10 us at all numbers of tokens from 65 to 600 if the clock is 1.66 GHz (65, 66), 1.6 (81) or less.
-//          Beside torch.matmul on f16 weights, by turns of 60 ms: 512 tokens 1.000 and 1.000 (before 1.069, 1.049), 1024 1.040 and
-//          0.998 (1.089, 1.043), 2048 1.034 and 0.989 (1.062, 1.008). The GPU throttles there and energy is time: by turns of 2 ms, at one
-//          clock, 1.13, 1.07; 1.14, 1.03; 1.07, 1.02. Groups of 32 and zero points: 1.00 to 1.03 of the cycles.
+// Measured inside graphs, cold weights, on the H200 at 1.50 to 1.77 of 1.98 GHz: us of each, thousands of cycles of both; in brackets the
+//          kernel whose warps stored f16 tiles themselves and whose GELU had 14 instructions, two of them slow, by turns with this one:
+//              tokens        65     72     80     96     128    192    257          512          1024         2048
+//              [qkv ; up]    28.4   28.6   30.1   32.8   40.4   62.5   84.5 (86.5)  147 (153)    285 (299)    550 (575)
+//              [down|dense]  31.2   31.5   33.2   37.0   44.4   60.7   85.3         148          288          552
+//              cycles        105    105    110    120    144    205    283 (288)    465 (479)    882 (910)    1723 (1773)
+//          Within 1.35 of the floor and 10 us at all numbers of tokens from 65 to 600 if the clock is 1.72 GHz (65, 66), 1.6 (81) or less.
+//          Beside torch.matmul on f16 weights, by turns of 2 ms in any order: 1.01 and 1.02 at 512 tokens (before 1.06, 1.03), 1.01, 1.02
+//          at 1024 (1.06, 1.01), 0.97, 1.01 at 2048 (1.02, 1.01). torch then has 1.46 to 1.53 GHz, this 1.50 to 1.61: in cycles 1.10, 1.08;
+//          1.08, 1.03; 1.01, 1.03. By turns of 60 ms, all at 1.3 to 1.4 GHz: 1.05, 1.07; 1.04, 1.03; 1.01, 1.02 (up 1.16, 1.13, 1.05).
 // Tried    all on the H200. Ring slots at addresses of run time: 105 instructions a unit, 690 cycles for 192 rows at 80 tokens, of which
 //          tensor cores need 480; now 75 and 579. Pairs of blocks (clusters) that each fetch half of the activations for both: 38.3 for
 //          37.4 us at 65 tokens, 322 for 327 at 1024, 636 both at 2048. Groups that take turns at the tensor cores by barriers: 39.6 for
 //          37.4 us at 65 tokens, no difference at 512. 4 warpgroups at 80 and 96 tokens: 39.5, 43.1 for 37.4, 39.7 us. A ring of weights
 //          asked for before the first activations: the first stage after 7.1, now 4.1 thousand cycles. Sums given behind a fence by all:
-//          3.6, now 1.5 thousand. f32 outputs one by one: 10, now 6 thousand cycles a tile of 256 tokens. All values of GELU before the
-//          first store: 10.9 for 9.8. 128 rows x 256 tokens replaced 256 x 128, twice the unpacking: 1.11 to 1.20 of torch at 2048 tokens.
-//          Units fetched by bulk copies of 544 bytes instead of a map: 45 instead of 28 us at 16 tokens. Starting the second warpgroup 1500
-//          to 4500 cycles late: no difference. Cutting a whole round of tiles besides what is left over: 855 us for 635 ([down |
-//          dense], 2048 tokens, H100): blocks at different inputs of the same tokens push them out of L2.
-// Short    storing a tile of f16 takes some 10 thousand cycles of 90, in which tensor cores stand still. Few tokens: [down | dense] spends
-//          7 thousand of 54 adding the sums of 5 or 6 blocks. Up to 64 tokens gptq_batch is faster.
+//          3.6, now 1.5 thousand. f32 outputs one by one: 10, now 6 thousand cycles a tile of 256 tokens. 128 rows x 256 tokens replaced
+//          256 x 128, twice the unpacking: 1.11 to 1.20 of torch at 2048. Units fetched by bulk copies of 544 bytes instead of a map: 45
+//          instead of 28 us at 16 tokens. Cutting a whole round of tiles besides what is left over: 855 us for 635 ([down | dense], 2048
+//          tokens, H100): blocks at different inputs of the same tokens push them out of L2. At 256 tokens stages of one unit with the
+//          second warpgroup 0 to 2500 cycles late, or 16 or 32 inputs unpacked and multiplied in turn: the same cycles to 0.5 %.
+//          Sums of shared tiles through the ring, by bulk copies: 0.98 to 0.99 at 512 and 1024 tokens, 1.02 at 65 to 80 ([down | dense]).
+// Short    an f16 tile still stops the tensor cores for 4 of 80 thousand cycles, an f32 tile for 6; the start and sharing tiles take 26
+//          thousand (torch: 11). Few tokens: [down | dense] spends 7 thousand of 54 adding up 5 or 6 blocks. Up to 64 gptq_batch is faster.
 // Spills   4 to 72 bytes, outside the loop (seen for one scale a row).
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
+#include "staged.cuh"
 #include "tma.cuh"
 
 namespace {
@@ -60,7 +64,10 @@ struct GemmShape {
     static constexpr int X_BYTES = TOKENS * TOKEN_BYTES;  // of a unit's inputs
     static constexpr int COPIED_BYTES = STAGE_UNITS * (X_BYTES + TILE_UNITS * Units::BYTES);
     static constexpr int STAGE_BYTES = (COPIED_BYTES + 1023) / 1024 * 1024;
-    static constexpr int EXTRA_BYTES = GROUPS * 4 * TRANSPOSE_BYTES + 1024;  // and barriers
+    // An f16 tile lies in the last stage, and in what follows the ring; of an f32 tile each warp has some there.
+    static constexpr int STAGED_BYTES = GROUPS * TOKENS * 128, BEYOND_BYTES = STAGED_BYTES - STAGE_BYTES;
+    static constexpr int TAIL_BYTES = GROUPS * 4 * TRANSPOSE_BYTES > BEYOND_BYTES ? GROUPS * 4 * TRANSPOSE_BYTES : BEYOND_BYTES;
+    static constexpr int EXTRA_BYTES = TAIL_BYTES + 1024;  // and barriers
     static constexpr int FIT = (SHARED_BYTES - EXTRA_BYTES) / STAGE_BYTES;
     static constexpr int STAGES = FIT < 4 ? FIT : 4;
     static_assert(STAGES >= 3, "one in use, one left, one under way");
@@ -69,7 +76,8 @@ struct GemmShape {
 };
 
 struct GemmParams {
-    CUtensorMap w, x;  // [row tiles][k units * unit words] u64; [tokens][k] f16
+    CUtensorMap w, x;           // [row tiles][k units * unit words] u64; [tokens][k] f16
+    CUtensorMap out, gelu_out;  // [tokens][rows] f16, each if there are such rows
     GptqMatmulParams p;
     GemmPlan plan;
 };
@@ -79,6 +87,7 @@ struct GemmParams {
 // The stages: activations [unit][TOKENS][64] and weights [row tile][unit] of two units, or of one if that is the segment's last. Every
 // segment begins at slot 0, so that the multiplying loop, unrolled over the slots, has addresses that are constants. `full` is passed
 // when a stage's copies are in, `empty` when all warps that multiply have left it; `uses` has a bit for each slot, the parity of its uses.
+// An f16 tile takes the last slot for its way out, until `stored`.
 template <class Shape>
 struct Ring {
     uint8_t* smem;
@@ -86,14 +95,17 @@ struct Ring {
 
     __device__ __forceinline__ uint8_t* stage(uint32_t slot) const { return smem + slot * Shape::STAGE_BYTES; }
     __device__ __forceinline__ uint64_t* full(uint32_t slot) const {
-        return reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::GROUPS * 4 * TRANSPOSE_BYTES) + slot;
+        return reinterpret_cast<uint64_t*>(smem + Shape::RING_BYTES + Shape::TAIL_BYTES) + slot;
     }
     __device__ __forceinline__ uint64_t* empty(uint32_t slot) const { return full(slot) + Shape::STAGES; }
+    __device__ __forceinline__ uint64_t* stored() const { return full(2 * Shape::STAGES); }
     __device__ __forceinline__ void wait_full(uint32_t slot) {
         barrier_wait(full(slot), uses >> slot & 1);
         uses ^= 1 << slot;
     }
-    __device__ __forceinline__ void wait_empty(uint32_t slot) { barrier_wait(empty(slot), ~uses >> slot & 1); }
+    __device__ __forceinline__ void wait_empty(uint32_t slot) const { barrier_wait(empty(slot), ~uses >> slot & 1); }
+    // The f16 tiles so far, `count`, have left the last stage.
+    __device__ __forceinline__ void wait_stored(uint32_t count) const { barrier_wait(stored(), ~count & 1); }
 };
 
 struct TilePlace {
@@ -117,8 +129,10 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
     };
     prefetch_map(g.w);
     prefetch_map(g.x);
+    const bool halves = !g.p.y.partials && !g.p.y.residual;
     GemmSegment s;
     bool first = true;
+    uint32_t tiles = 0;  // f16 ones before this segment
     for (GemmWalk walk(g.plan, share_index); walk.next(s); first = false) {
         const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
         if (first) {
@@ -129,6 +143,7 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
         uint32_t slot = 0;
         for (uint32_t u = s.begin; u < s.end; u += Shape::STAGE_UNITS) {
             ring.wait_empty(slot);
+            if (slot == Shape::STAGES - 1) ring.wait_stored(tiles);
             ring.uses ^= 1 << slot;
             if (!first || u >= s.begin + EARLY * Shape::STAGE_UNITS) fetch_weights(slot, place, u);
             for (uint32_t i = 0; i < Shape::STAGE_UNITS; i++) {
@@ -137,8 +152,25 @@ __device__ __forceinline__ void fetch(const GemmParams& g, Ring<Shape> ring, uin
             }
             if (++slot == Shape::STAGES) slot = 0;
         }
+        ring.wait_stored(tiles);
+        tiles += s.owner && halves;
     }
     if (first) wait_previous();
+}
+
+// The warp that sends f16 tiles on their way.
+template <class Shape>
+__device__ __forceinline__ void store_tiles(const GemmParams& g, const Ring<Shape>& ring, uint32_t share_index) {
+    if (g.p.y.partials || g.p.y.residual) return;
+    GemmSegment s;
+    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+        if (!s.owner) continue;
+        const TilePlace place(g.plan, s.tile, Shape::TILE_UNITS, Shape::TOKENS);
+        staged_wait<Shape>();
+        store_staged<Shape>(g.p, g.out, g.gelu_out, place.tile0 * UNIT_ROWS, place.token0, ring.stage(Shape::STAGES - 1));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(ring.stored());
+    }
 }
 
 // Raw::unpack, spelled out: through that ptxas orders the loop otherwise, which was not measured.
@@ -235,8 +267,9 @@ struct Multiplier {
 template <class Shape>
 __device__ __forceinline__ void multiply_segments(const GemmParams& g, uint8_t* smem, uint32_t share_index) {
     const uint32_t lane = threadIdx.x % 32, unit = threadIdx.x / 32, group = threadIdx.x / 128;
-    uint8_t* transpose = smem + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
     Multiplier<Shape> multiplier(smem, unit);
+    const Ring<Shape>& ring = multiplier.ring;
+    uint32_t tiles = 0;  // f16 ones so far
     const bool halves = !g.p.y.partials && !g.p.y.residual;
     GemmSegment s;
     for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
@@ -251,9 +284,18 @@ __device__ __forceinline__ void multiply_segments(const GemmParams& g, uint8_t* 
             continue;
         }
         if (!s.complete) take_sums<Shape>(g.p, acc, share_index + 1, g.plan.shares_end(s.tile), group);
-        if (row >= g.p.w.n) continue;
-        if (halves) store_halves<Shape::TOKENS>(g.p, row, bias, place.token0, acc, transpose);
-        else store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc, transpose);
+        if (!halves) {
+            uint8_t* transpose = smem + Shape::RING_BYTES + unit * TRANSPOSE_BYTES;
+            if (row < g.p.w.n) store_floats<Shape::TOKENS>(g.p, place.slice, row, place.token0, acc, transpose);
+            continue;
+        }
+        uint32_t pairs[Shape::TOKENS / 8][2];
+        if (row < g.p.y.split_row) to_halves<Shape::TOKENS, false>(acc, bias, pairs);
+        else to_halves<Shape::TOKENS, true>(acc, bias, pairs);
+        ring.wait_empty(Shape::STAGES - 1);
+        ring.wait_stored(tiles++);
+        stage_halves(smem_address(ring.stage(Shape::STAGES - 1)) + group * Shape::TOKENS * 128, pairs);
+        staged_arrive<Shape>();
     }
 }
 
@@ -270,6 +312,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
             barrier_init(ring.full(i), 1);
             barrier_init(ring.empty(i), Shape::GROUPS * 4);
         }
+        barrier_init(ring.stored(), 1);
         barrier_init_done();
     }
     __syncthreads();
@@ -280,6 +323,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) gptq_gemm_wgmma_kernel(cons
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FETCH_REGISTERS));
         if (threadIdx.x == Shape::GROUPS * 128) fetch<Shape>(g, ring, share_index);
         if (warp == Shape::GROUPS * 4 + 1 && g.plan.gives(share_index)) publish_sums<Shape>(g.p, share_index);
+        if (warp == Shape::GROUPS * 4 + 2) store_tiles<Shape>(g, ring, share_index);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
         wait_previous();
@@ -294,7 +338,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     const GemmPlan plan(*p, Shape::GROUPS, Shape::TOKENS, multiprocessors);
-    GemmParams g = {{}, {}, *p, plan};
+    GemmParams g = {{}, {}, {}, {}, *p, plan};
     const cuuint64_t row_longs = (cuuint64_t)UNIT_LONGS * plan.k_units;
     const TensorShape<2> w = {CU_TENSOR_MAP_DATA_TYPE_FLOAT64, {row_longs, p->w.n / UNIT_ROWS}, {row_longs * 8},
                               {UNIT_LONGS * Shape::STAGE_UNITS, Shape::TILE_UNITS}, CU_TENSOR_MAP_SWIZZLE_NONE};
@@ -302,6 +346,14 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
                               {UNIT_INPUTS, Shape::TOKENS}, CU_TENSOR_MAP_SWIZZLE_128B};
     cudaError_t e = make_tensor_map(&g.w, p->w.units, w);
     if (e == cudaSuccess) e = make_tensor_map(&g.x, p->x, x);
+    const auto halves_map = [&](CUtensorMap* map, const void* data, uint32_t rows, uint32_t stride) {
+        const TensorShape<2> out = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {rows, p->tokens}, {(cuuint64_t)stride * 2}, {64, Shape::TOKENS},
+                                    CU_TENSOR_MAP_SWIZZLE_128B};
+        if (e == cudaSuccess && halves && rows > 0) e = make_tensor_map(map, data, out);
+    };
+    const uint32_t split = p->y.split_row < p->w.n ? p->y.split_row : p->w.n;
+    halves_map(&g.out, p->y.out, split, p->y.out_stride);
+    halves_map(&g.gelu_out, p->y.gelu_out, p->w.n - split, p->y.gelu_stride);
     if (e != cudaSuccess) return (int32_t)e;
     constexpr size_t smem = (size_t)Shape::RING_BYTES + Shape::EXTRA_BYTES;
     return launch(gptq_gemm_wgmma_kernel<Shape>, dim3(plan.blocks), Shape::THREADS, smem, l, g);

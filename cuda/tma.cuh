@@ -60,4 +60,13 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;"
         ::"r"(to), "l"(&map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "l"(hint) : "memory");
 }
+// Shared address `from` to the box at (c0, c1), without what lies outside the tensor. A negative place is an illegal instruction.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t c0, uint32_t c1, uint32_t from) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(c0), "r"(c1), "r"(from)
+                 : "memory");
+}
+// Waits until shared memory was read by all this thread's stores.
+__device__ __forceinline__ void store_boxes_read() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 #endif
