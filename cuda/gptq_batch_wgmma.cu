@@ -38,6 +38,8 @@ constexpr int WARPS = 12;                  // that multiply, one row tile each: 
 constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
 constexpr int UNITS = 4;                   // of a stage
 constexpr int X_STAGES = 3;
+constexpr int AHEAD = 2;  // units a warp loads ahead of the one it unpacks
+static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
 constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
@@ -137,51 +139,61 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
     }
 }
 
-// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers and
-// the one after that is on its way from shared memory.
+// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
+// AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
 template <class Shape>
 __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, uint8_t* smem, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
-    const uint32_t x = smem_address(smem);
-    Place<Shape::W_STAGES> w_place;
-    Place<X_STAGES> x_place;
-    uint32_t a[2][STEPS][4] = {};
-    typename Shape::Units::Raw raw;
+    const uint32_t x = smem_address(smem) / 16 | 1u << 16;
+    uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
+    typename Shape::Units::Raw raw[AHEAD];
+    Place<Shape::W_STAGES> place;
     const uint8_t* stage = mine;
-    barrier_wait(&b.w_full[0], 0);
-    raw.load(stage, lane);
-    raw.unpack(a[0]);
-    raw.load(stage + Shape::Units::BYTES, lane);
-    for (uint32_t j = 0; j < stages; j++) {
-        const uint32_t units = s.count - j * UNITS;  // that are left
-        const uint32_t x_stage = __shfl_sync(~0u, (x + x_place.slot * Shape::X_STAGE) / 16 | 1u << 16, 0);
-        barrier_wait(&b.x_full[x_place.slot], x_place.parity);
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            if (u > 0 && u >= units) break;
-            uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_stage + (u * Shape::X_UNIT / 16 + i * 2)), 1);
-            wgmma_commit();
-            wgmma_wait<1>();
-            // The compiler does not know that the registers were in use until here.
-#pragma unroll
-            for (int i = 0; i < STEPS; i++)
-                asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
-            if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
-            raw.unpack(next);
-            if (u + 2 == UNITS) {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&b.w_empty[w_place.slot]);
-                w_place.advance();
-                stage = mine + w_place.slot * Shape::W_STAGE;
-                if (j + 1 < stages) barrier_wait(&b.w_full[w_place.slot], w_place.parity);
-            }
-            raw.load(stage + (u + 2) % UNITS * Shape::Units::BYTES, lane);
+    // Unit u of the stage; what is loaded behind the last stage is not used.
+    const auto load = [&](int u) {
+        if (u == 0) {
+            place.advance();
+            stage = mine + place.slot * Shape::W_STAGE;
+            if (entered++ < stages) barrier_wait(&b.w_full[place.slot], place.parity);
         }
-        x_place.advance();
+        raw[u % AHEAD].load(stage + u * Shape::Units::BYTES, lane);
+    };
+    barrier_wait(&b.w_full[0], 0);
+    raw[0].load(stage, lane);
+    raw[0].unpack(a[0]);
+#pragma unroll
+    for (int u = 1; u <= AHEAD; u++) load(u);
+    for (uint32_t j0 = 0; j0 < stages; j0 += X_STAGES, parity ^= 1) {
+#pragma unroll
+        for (int slot = 0; slot < X_STAGES; slot++) {
+            const uint32_t j = j0 + slot, units = s.count - j * UNITS;  // units that are left
+            if (slot > 0 && j >= stages) break;
+            barrier_wait(&b.x_full[slot], parity);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                if (u > 0 && u >= units) break;
+                uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
+                const uint32_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_unit + i * 2), 1);
+                wgmma_commit();
+                wgmma_wait<1>();
+                // The compiler does not know that the registers were in use until here.
+#pragma unroll
+                for (int i = 0; i < STEPS; i++)
+                    asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
+                if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? X_STAGES - 1 : slot - 1]);
+                raw[(u + 1) % AHEAD].unpack(next);
+                if (u + 2 == UNITS) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&b.w_empty[leaving]);
+                    if (++leaving == Shape::W_STAGES) leaving = 0;
+                }
+                load((u + 1 + AHEAD) % UNITS);
+            }
+        }
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -245,9 +257,12 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
 
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    if (p->tokens <= 8) return run<BatchShape<SCALES, ZEROS, 8>>(p, l, multiprocessors);
     if (p->tokens <= 16) return run<BatchShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
     if (p->tokens <= 32) return run<BatchShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
-    return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+    if (p->tokens <= 64) return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+    static_assert(PEREGRINE_BATCH_TOKENS == 72, "the widest");
+    return run<BatchShape<SCALES, ZEROS, 72>>(p, l, multiprocessors);
 }
 
 }  // namespace
