@@ -9,7 +9,7 @@
 //          mma.sync: unmeasured.
 // Tried    all warps copy, a barrier for all a stage: 29, 34, 45 us ([qkv ; up]). Two groups of 12 warps that share the units of a stage:
 //          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us.
-// Spills   4 bytes on sm_80, group size 32 with more than 32 tokens.
+// Spills   4 to 36 bytes on sm_80: group size 32 with more than 32 tokens, 72 tokens.
 #include "batch.cuh"
 
 // gptq_batch_wgmma.cu

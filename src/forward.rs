@@ -22,7 +22,7 @@ use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
-/// A prompt of more tokens goes to `gptq_batch`, which has the same time for 5 to 8 as for one.
+/// A prompt of 5 to 8 tokens goes to `gptq_batch` too: on an H200 34 us for a layer's products, where `gptq_gemv` takes 51 for 8.
 const PROMPT_GEMV_TOKENS: usize = 4;
 
 pub(crate) struct Pass<'a> {

@@ -145,7 +145,7 @@ fn gptq_batch_matches_reference() {
     }
     for (n, k) in [(4544, 22720), (22848, 4544)] {
         let q = Quantised::new(&mut random, n, k, G64);
-        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[8, 9, 16, 17, 32, 33, 64, 72]);
+        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[8, 9, 17, 33, 72]);
     }
 }
 
