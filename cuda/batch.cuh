@@ -1,4 +1,4 @@
-// batch — the loop of gptq_batch before sm_90, and of head beyond 8 tokens: 9 to 64 tokens times a matrix in units, each byte read once.
+// batch — the loop of gptq_batch before sm_90, and of head beyond 8 tokens: 9 to 72 tokens times a matrix in units, each byte read once.
 //
 // A block multiplies row tiles, one a warp at a time, by all tokens, in stages along the inputs: the row tiles' units and the tokens'
 // activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others

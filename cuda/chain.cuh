@@ -1,4 +1,4 @@
-// chain — one unit of weights, in registers, times 16, 32 or 64 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
+// chain — one unit of weights, in registers, times 16, 32, 64 or 72 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
 //
 // A chain is the products of a run: the inputs of a unit that have one scale. The tensor core adds it up, then it is scaled and added in
 // f32. On sm_90a four warps share wgmma, elsewhere a warp loads activations by ldmatrix for mma.sync; the accumulators c[n][e] are the
@@ -131,7 +131,7 @@ __device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&c
             mma(c, w.a[s + 1], b[2], b[3]);
         }
         w.add(acc[n], c, run);
-        if (Weights::RUNS == 2 && TOKENS == 64 && n % 3 == 2) __syncwarp();  // holds back loads, for want of registers
+        if (Weights::RUNS == 2 && TOKENS >= 64 && n % 3 == 2) __syncwarp();  // holds back loads, for want of registers
     }
 #endif
 }

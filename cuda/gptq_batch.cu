@@ -1,5 +1,5 @@
-// gptq_batch — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, 1 to 64 tokens.   Reference: src/reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; tokens 1..64, made for 9..64 (16, 32 or 64 columns). On sm_90a gptq_batch_wgmma.cu does the work instead.
+// gptq_batch — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, 1 to 72 tokens.   Reference: src/reference.rs::gptq_matmul
+// Shapes   as gptq_gemv; tokens 1..72, made for 9..72 (16, 32, 64 or 72 columns). On sm_90a gptq_batch_wgmma.cu does the work instead.
 // Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
 // Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, so that no last wave is ragged: the sums of its rows for all
 //          tokens are accumulators, one row tile a warp, for the whole slice (batch.cuh). They are stored through shared memory, so that
@@ -9,7 +9,7 @@
 //          mma.sync: unmeasured.
 // Tried    all warps copy, a barrier for all a stage: 29, 34, 45 us ([qkv ; up]). Two groups of 12 warps that share the units of a stage:
 //          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us.
-// Spills   4 bytes on sm_80, group size 32 with more than 32 tokens.
+// Spills   4 to 36 bytes on sm_80: group size 32 with more than 32 tokens, 72 tokens.
 #include "batch.cuh"
 
 // gptq_batch_wgmma.cu
@@ -83,7 +83,9 @@ template <class Weights>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l) {
     if (p->tokens <= 16) return run<GptqShape<Weights, 16>>(p, l);
     if (p->tokens <= 32) return run<GptqShape<Weights, 32>>(p, l);
-    return run<GptqShape<Weights, 64>>(p, l);
+    if (p->tokens <= 64) return run<GptqShape<Weights, 64>>(p, l);
+    static_assert(PEREGRINE_BATCH_TOKENS == 72, "the widest");
+    return run<GptqShape<Weights, 72>>(p, l);
 }
 
 }  // namespace

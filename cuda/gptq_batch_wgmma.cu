@@ -6,26 +6,38 @@
 //          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it. A slice of a row is one chain of the tensor core, whose
 //          f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
-// Overlap  a block takes 43,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next product's
-//          blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a time: all
-//          at once, they stand in front of attention's and the norm's loads, and of the first activations.
+// Columns  8, 16, 32, 64 or 72 tokens.
+// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
+//          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
+//          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
-// Measured [qkv ; up] 19.3, 21.4, 26.6 us and [down | dense] 19.1, 21.6, 26.9 us at 16, 32, 64 tokens, in turns 38.9, 44.9, 55.8 us a pair,
-//          where the kernel before it took 40.6, 48.0, 68.5; H200, cold L2, launches in a row. Whole steps with
-//          sampling at context 128, `cargo bench --bench steps`: 1.86, 2.00, 2.52 ms where it was 1.95, 2.19, 3.07, on another card.
-//          In a harness, without sampling, at position 190: 1.79, 1.94, 2.38 ms where it was 2.04, 2.29, 2.97; with today's norm and
-//          an attention that has six one-warp blocks an SM and prefetches keys (not today's): 1.71, 1.94, 2.30.
-// Short    not at the speed of memory: from the predecessor's end to the sums a product takes 16 us at 16 tokens, though two fifths of its
-//          weights lie in the ring by then. The schedulers issue in 60 % of the cycles; a unit is some 80 instructions, unpacking 52.
-// Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4, 20.0; one
-//          of four products 15.1, 15.8, 17.4; neither 14.8, 15.4, 16.9: what the stream takes. IN_FLIGHT 3 or all: 22.6, 25.1, 30.6 where
-//          2 takes 20.3, 22.7, 28.2. One stage until the ring is full: 20.8, 22.1, 26.3, but whole steps 2 to 4 % faster at 16 tokens,
-//          2 % at 32. Products of a quarter unit in flight, four at a time: 21.0, 23.5, 28.1. Five stages of activations: 19.1, 21.2, 27.8.
-//          Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to 9 us later in a
-//          step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
+// Measured a pair of [qkv ; up] and [down | dense], launches in a row in a graph, cold L2, H200 at 1.8 GHz, by turns with the kernel before
+//          stages of activations were unrolled, which had no 8 and 72 columns, in brackets; then steps of 32 layers and the head without
+//          sampling, at position 190, likewise:
+//              tokens       5              8              16             32             64             72
+//              pair, us     34.0 (37.6)    34.1 (37.6)    37.1 (37.9)    40.7 (43.1)    51.9 (52.6)    54.2
+//              step, ms     1.564 (1.691)  1.585 (1.709)  1.688 (1.726)  1.904 (1.975)  2.306 (2.305)
+//          On four runs the pair took 37 to 39, 41 to 43, 52 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
+//          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
+// Short    not at the speed of memory: what a warp issues adds to what the tensor cores take, instead of hiding behind it. Of a unit of 12
+//          row tiles products alone take 157, 157, 193, 384, 433 cycles at 8, 16, 32, 64, 72 tokens; 96 multiply-adds more of a scheduler
+//          add 95, 107, 127, 83, 46 to that. A unit is 79 instructions of a warp, unpacking 52, and 8 of the uniform unit for descriptors.
+// Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel (before) took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4,
+//          20.0; one of four products 15.1, 15.8, 17.4; neither 14.8, 15.4, 16.9: what the stream takes. IN_FLIGHT 3 or all: 22.6, 25.1,
+//          30.6 where 2 takes 20.3, 22.7, 28.2. One stage until the ring is full: 20.8, 22.1, 26.3, but whole steps 2 to 4 % faster at 16
+//          tokens, 2 % at 32. Products of a quarter unit in flight, four at a time: 21.0, 23.5, 28.1. Five stages of activations: 19.1,
+//          21.2, 27.8. Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to 9 us
+//          later in a step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
 //          multiply-add of a subnormal nibble, each row's scales brought to 2^15 by the block itself: a sixth fewer instructions, but the
 //          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
+//          Codes as subnormals straight from masks (20 instructions), a chain a unit, scaled by f32 multiply-adds, zero points taken off
+//          by products of scales and sums of inputs, which the warp that fetches activations made by mma.sync: 19.5, 26.0, 48.8 where it
+//          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns): mma.sync waits for every wgmma of the others in front of it. Error 1.3e-6
+//          (3.6e-6 with zero points). Codes one unit ahead, not two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
+//          without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1. Zeros for the row tiles that a block does not have: no
+//          difference. Constant weights instead of random ones: 1 to 4 % less.
+// Spills   8 bytes, 72 tokens with two scales a unit.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
@@ -38,6 +50,8 @@ constexpr int WARPS = 12;                  // that multiply, one row tile each: 
 constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
 constexpr int UNITS = 4;                   // of a stage
 constexpr int X_STAGES = 3;
+constexpr int AHEAD = 2;  // units a warp loads ahead of the one it unpacks
+static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
 constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
@@ -137,51 +151,61 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
     }
 }
 
-// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers and
-// the one after that is on its way from shared memory.
+// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
+// AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
 template <class Shape>
 __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, uint8_t* smem, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
-    const uint32_t x = smem_address(smem);
-    Place<Shape::W_STAGES> w_place;
-    Place<X_STAGES> x_place;
-    uint32_t a[2][STEPS][4] = {};
-    typename Shape::Units::Raw raw;
+    const uint32_t x = smem_address(smem) / 16 | 1u << 16;
+    uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
+    typename Shape::Units::Raw raw[AHEAD];
+    Place<Shape::W_STAGES> place;
     const uint8_t* stage = mine;
-    barrier_wait(&b.w_full[0], 0);
-    raw.load(stage, lane);
-    raw.unpack(a[0]);
-    raw.load(stage + Shape::Units::BYTES, lane);
-    for (uint32_t j = 0; j < stages; j++) {
-        const uint32_t units = s.count - j * UNITS;  // that are left
-        const uint32_t x_stage = __shfl_sync(~0u, (x + x_place.slot * Shape::X_STAGE) / 16 | 1u << 16, 0);
-        barrier_wait(&b.x_full[x_place.slot], x_place.parity);
-#pragma unroll
-        for (int u = 0; u < UNITS; u++) {
-            if (u > 0 && u >= units) break;
-            uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
-            wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_stage + (u * Shape::X_UNIT / 16 + i * 2)), 1);
-            wgmma_commit();
-            wgmma_wait<1>();
-            // The compiler does not know that the registers were in use until here.
-#pragma unroll
-            for (int i = 0; i < STEPS; i++)
-                asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
-            if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[x_place.slot == 0 ? X_STAGES - 1 : x_place.slot - 1]);
-            raw.unpack(next);
-            if (u + 2 == UNITS) {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&b.w_empty[w_place.slot]);
-                w_place.advance();
-                stage = mine + w_place.slot * Shape::W_STAGE;
-                if (j + 1 < stages) barrier_wait(&b.w_full[w_place.slot], w_place.parity);
-            }
-            raw.load(stage + (u + 2) % UNITS * Shape::Units::BYTES, lane);
+    // Unit u of the stage; what is loaded behind the last stage is not used.
+    const auto load = [&](int u) {
+        if (u == 0) {
+            place.advance();
+            stage = mine + place.slot * Shape::W_STAGE;
+            if (entered++ < stages) barrier_wait(&b.w_full[place.slot], place.parity);
         }
-        x_place.advance();
+        raw[u % AHEAD].load(stage + u * Shape::Units::BYTES, lane);
+    };
+    barrier_wait(&b.w_full[0], 0);
+    raw[0].load(stage, lane);
+    raw[0].unpack(a[0]);
+#pragma unroll
+    for (int u = 1; u <= AHEAD; u++) load(u);
+    for (uint32_t j0 = 0; j0 < stages; j0 += X_STAGES, parity ^= 1) {
+#pragma unroll
+        for (int slot = 0; slot < X_STAGES; slot++) {
+            const uint32_t j = j0 + slot, units = s.count - j * UNITS;  // units that are left
+            if (slot > 0 && j >= stages) break;
+            barrier_wait(&b.x_full[slot], parity);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                if (u > 0 && u >= units) break;
+                uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
+                const uint32_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_unit + i * 2), 1);
+                wgmma_commit();
+                wgmma_wait<1>();
+                // The compiler does not know that the registers were in use until here.
+#pragma unroll
+                for (int i = 0; i < STEPS; i++)
+                    asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
+                if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? X_STAGES - 1 : slot - 1]);
+                raw[(u + 1) % AHEAD].unpack(next);
+                if (u + 2 == UNITS) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&b.w_empty[leaving]);
+                    if (++leaving == Shape::W_STAGES) leaving = 0;
+                }
+                load((u + 1 + AHEAD) % UNITS);
+            }
+        }
     }
     wgmma_wait<0>();
 #pragma unroll
@@ -245,9 +269,12 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
 
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    if (p->tokens <= 8) return run<BatchShape<SCALES, ZEROS, 8>>(p, l, multiprocessors);
     if (p->tokens <= 16) return run<BatchShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
     if (p->tokens <= 32) return run<BatchShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
-    return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+    if (p->tokens <= 64) return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
+    static_assert(PEREGRINE_BATCH_TOKENS == 72, "the widest");
+    return run<BatchShape<SCALES, ZEROS, 72>>(p, l, multiprocessors);
 }
 
 }  // namespace

@@ -123,7 +123,7 @@ int32_t run_batch(const HeadParams* p, const Launch* l) {
 }  // namespace
 
 extern "C" int32_t head(const HeadParams* p, const Launch* l) {
-    if (p->tokens == 0 || p->tokens > PEREGRINE_BATCH_TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
+    if (p->tokens == 0 || p->tokens > PEREGRINE_HEAD_TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
     if (p->tokens > TOKENS) return p->tokens <= 16 ? run_batch<16>(p, l) : p->tokens <= 32 ? run_batch<32>(p, l) : run_batch<64>(p, l);
     const size_t smem = WARPS * UNIT_ROWS * TOKENS * sizeof(float) + 16 + (size_t)p->tokens * row_bytes(p->hidden);

@@ -22,7 +22,8 @@ extern "C" {
 #define PEREGRINE_UNIT_INPUTS 64   // inputs of a unit
 #define PEREGRINE_HEAD_DIM 64
 #define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
-#define PEREGRINE_BATCH_TOKENS 64  // most tokens of a gptq_batch or head call
+#define PEREGRINE_BATCH_TOKENS 72  // most tokens of a gptq_batch call
+#define PEREGRINE_HEAD_TOKENS 64   // most tokens of a head call
 #define PEREGRINE_GEMM_TILE 32768  // most sums of a tile of gptq_gemm
 #define PEREGRINE_GEMM_GROUPS 3    // most groups of four warps they are spread over
 #define PEREGRINE_SLICE_UNITS 72   // most units of one K slice of a gptq_gemv
@@ -195,7 +196,7 @@ typedef struct HeadParams {
     float* logits;          // [tokens, vocab]
     uint32_t tokens, hidden, vocab;
 } HeadParams;
-int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_BATCH_TOKENS
+int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD_TOKENS
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn

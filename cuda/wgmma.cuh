@@ -40,6 +40,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define WGMMA_16(j) WGMMA_8(j), WGMMA_8(j + 2)
 #define WGMMA_32(j) WGMMA_16(j), WGMMA_16(j + 4)
 #define WGMMA_64(j) WGMMA_32(j), WGMMA_32(j + 8)
+#define WGMMA_D4 "%0,%1,%2,%3"
 #define WGMMA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define WGMMA_D16 WGMMA_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define WGMMA_D32 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -55,6 +56,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
     WGMMA_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116" \
               ",%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
+WGMMA_OP(8, WGMMA_D4, "%4,%5,%6,%7", "%8", "%9", WGMMA_4(0))
 WGMMA_OP(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_8(0))
 WGMMA_OP(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
 WGMMA_OP(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_32(0))

@@ -7,13 +7,13 @@
 //! | `normed` | [tokens, hidden] f16 | 19 MB | output of a norm |
 //! | `qkv` | [tokens, heads + 2, 64] f16 | 19 MB | queries, key, value |
 //! | `wide` | [tokens, ffn + hidden] f16 | 93 MB | GELU of the MLP, attention's output: input of `[down \| dense]` |
-//! | `partials` | [slices, <= 64 tokens, hidden] f32 | 5.8 MB | sums of K slices |
+//! | `partials` | [slices, <= 72 tokens, hidden] f32 | 6.5 MB | sums of K slices |
 //! | `permuted` | as `normed` and as `wide` | 0, or 112 MB | gathered activations (act-order only) |
 //! | `logits` | [64, vocab] f32 | 17 MB | of one `head` call; sampling reads row m for token m of a step |
 
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::gpu::ops::{self, AttnScratch, BATCH_TOKENS, GEMV_TOKENS, STEP_TOKEN_WORDS};
+use crate::gpu::ops::{self, AttnScratch, BATCH_TOKENS, GEMV_TOKENS, HEAD_TOKENS, STEP_TOKEN_WORDS};
 use crate::gpu::{DevBuf, Stream};
 
 /// Up to this many tokens the K slices of `[down | dense]` are summed apart and added by the next norm: few tokens make few
@@ -64,7 +64,7 @@ impl Scratch {
             permuted_normed: permuted(hidden)?,
             permuted_wide: permuted(wide)?,
             attn: AttnScratch::new(stream, config.num_heads, max_context, slots.max(GEMV_TOKENS))?,
-            logits: DevBuf::zeros(stream, "logits", BATCH_TOKENS * config.vocab_size)?,
+            logits: DevBuf::zeros(stream, "logits", HEAD_TOKENS * config.vocab_size)?,
         })
     }
 }

@@ -15,7 +15,7 @@ use super::{CudaModel, persistent};
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, BATCH_TOKENS, DecodeScratch, GEMV_TOKENS, SamplerShape, SamplerState};
+use crate::gpu::ops::{self, DecodeScratch, GEMV_TOKENS, HEAD_TOKENS, SamplerShape, SamplerState};
 use crate::gpu::{Arrival, StepFault, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::Sampling;
@@ -64,8 +64,8 @@ impl Sequences {
                 config.max_positions
             )));
         }
-        if slots == 0 || slots > BATCH_TOKENS {
-            return Err(Error::Usage(format!("{slots} sequences at once: wanted 1 to {BATCH_TOKENS}")));
+        if slots == 0 || slots > HEAD_TOKENS {
+            return Err(Error::Usage(format!("{slots} sequences at once: wanted 1 to {HEAD_TOKENS}")));
         }
         let cache = KvCache::new(stream, config.num_layers, slots, max_context)?;
         let tokens = max_context.min(PREFILL_TOKENS).max(slots);
@@ -144,7 +144,7 @@ impl Sequences {
         Ok(())
     }
 
-    /// Logits of tokens `first .. first + count` (at most [`BATCH_TOKENS`]) of the last append, into rows `row ..`.
+    /// Logits of tokens `first .. first + count` (at most [`HEAD_TOKENS`]) of the last append, into rows `row ..`.
     pub(super) fn head(&mut self, first: usize, count: usize, row: usize) -> Result<()> {
         self.pass().head(first, count, row)
     }

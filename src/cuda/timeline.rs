@@ -8,7 +8,7 @@ use super::sequences::{AHEAD, Sequences, most_tokens};
 use crate::error::{Error, Result};
 use crate::gpu::Arrival;
 use crate::gpu::context::Event;
-use crate::gpu::ops::BATCH_TOKENS;
+use crate::gpu::ops::HEAD_TOKENS;
 use crate::sampler::{Sampled, Sampling};
 use crate::speculate::Tally;
 
@@ -124,8 +124,8 @@ impl CudaTimeline {
         for chunk in ids.chunks(self.sequences.room()) {
             self.sequences.append(0, self.position, chunk)?;
             self.position += chunk.len();
-            for first in (0..chunk.len()).step_by(BATCH_TOKENS) {
-                let count = BATCH_TOKENS.min(chunk.len() - first);
+            for first in (0..chunk.len()).step_by(HEAD_TOKENS) {
+                let count = HEAD_TOKENS.min(chunk.len() - first);
                 self.sequences.head(first, count, 0)?;
                 self.sequences.logits(0, count)?.chunks(vocab).try_for_each(&mut *sink)?;
             }

@@ -134,7 +134,7 @@ fn gptq_gemv_matches_reference() {
 fn gptq_batch_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
     let mut random = Random::new(12);
-    let tokens = [1, 9, 15, 16, 17, 31, 32, 33, 63, 64];
+    let tokens = [1, 5, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 71, 72];
     for format in FORMATS {
         let q = Quantised::new(&mut random, 448, 320, format);
         check_partials(&stream, MatmulKernel::Batch, &q, 22, &tokens);
@@ -145,7 +145,7 @@ fn gptq_batch_matches_reference() {
     }
     for (n, k) in [(4544, 22720), (22848, 4544)] {
         let q = Quantised::new(&mut random, n, k, G64);
-        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[9, 16, 17, 32, 33, 64]);
+        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[8, 9, 17, 33, 72]);
     }
 }
 
@@ -158,7 +158,7 @@ fn gptq_batch_takes_scales_of_any_size() {
         let mut q = Quantised::new(&mut random, 448, 320, format);
         q.scale_outputs(|n| (n as f32 % 21.0 - 10.0).exp2()); // scales of 2^-17 to 2^4
         let w = repack(&stream, q.n, q.k, &[(&q, 0, 0)]);
-        for m in [9, 32, 63] {
+        for m in [8, 9, 32, 63, 71] {
             let x = Random::new(25 + m as u64).halves(m * q.k, 1.0);
             let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
             let x = DevBuf::from_host(&stream, "x", &gathered(&x, q.k, &q)).unwrap();
@@ -240,9 +240,11 @@ fn gptq_matmul_splits_rows() {
         for (kernel, m) in [
             (MatmulKernel::Gemv, 1),
             (MatmulKernel::Gemv, 8),
+            (MatmulKernel::Batch, 7),
             (MatmulKernel::Batch, 9),
             (MatmulKernel::Batch, 32),
             (MatmulKernel::Batch, 63),
+            (MatmulKernel::Batch, 71),
             (MatmulKernel::Gemm, 130),
             (MatmulKernel::Gemm, 257),
         ] {
@@ -301,7 +303,12 @@ fn gptq_matmul_adds_to_the_residual() {
     let w = repack(&stream, hidden, ffn + hidden, &[(&down, 0, 0), (&dense, 0, ffn)]);
     let bias = random.values(hidden, 0.5);
     let bias_gpu = DevBuf::from_host(&stream, "bias", &bias).unwrap();
-    for (kernel, m) in [(MatmulKernel::Batch, 9), (MatmulKernel::Batch, 64), (MatmulKernel::Gemm, 200)] {
+    for (kernel, m) in [
+        (MatmulKernel::Batch, 9),
+        (MatmulKernel::Batch, 64),
+        (MatmulKernel::Batch, 70),
+        (MatmulKernel::Gemm, 200),
+    ] {
         let x = random.halves(m * (ffn + hidden), 1.0);
         let residual = random.values(m * hidden, 1.0);
         let part = |range: std::ops::Range<usize>| -> Vec<f32> {

@@ -37,8 +37,10 @@ pub use table::{Table, embed, head, table_repack};
 
 /// Most tokens of a `gptq_gemv` or `decode_step` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;
-/// Most tokens of a `gptq_batch` or `head` call.
+/// Most tokens of a `gptq_batch` call.
 pub const BATCH_TOKENS: usize = ffi::PEREGRINE_BATCH_TOKENS as usize;
+/// Most tokens of a `head` call.
+pub const HEAD_TOKENS: usize = ffi::PEREGRINE_HEAD_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
 

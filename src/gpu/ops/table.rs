@@ -35,7 +35,7 @@ pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut Dev
 }
 
 /// `head`: logits `[.., vocab]` f32, from row `row` on, of rows `first ..` of `x [.., hidden]`, at most
-/// [`BATCH_TOKENS`](super::BATCH_TOKENS) tokens.
+/// [`HEAD_TOKENS`](super::HEAD_TOKENS) tokens.
 #[allow(unsafe_code)]
 pub fn head(
     stream: &Stream,

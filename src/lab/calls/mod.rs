@@ -18,7 +18,7 @@ pub const OPS: &[(&str, &str)] = &[
     ("embed", "rows of the table, as f32"),
     ("layernorm", "adds the slices of the product in front, then normalises"),
     ("gptq_gemv", "4-bit product, at most 8 tokens"),
-    ("gptq_batch", "4-bit product, at most 64 tokens"),
+    ("gptq_batch", "4-bit product, at most 72 tokens"),
     ("gptq_gemm", "4-bit product, any number of tokens"),
     ("rope", "rotates queries and keys, appends to the cache (prompts)"),
     ("attn_decode", "rotates, appends and attends, few tokens"),

@@ -82,14 +82,14 @@ fn shapes(kernel: MatmulKernel, timing: bool) -> Vec<Shape> {
     if timing {
         let tokens: &[usize] = match kernel {
             MatmulKernel::Gemv => &[1, 8],
-            MatmulKernel::Batch => &[16, 32, 64],
+            MatmulKernel::Batch => &[8, 16, 32, 64, 72],
             MatmulKernel::Gemm => &[128, 512, 2048],
         };
         return tokens.iter().flat_map(|&m| pair(m)).collect();
     }
     let (edges, real): (&[usize], &[usize]) = match kernel {
         MatmulKernel::Gemv => (&[1, 2, 7, 8], &[1, 8]),
-        MatmulKernel::Batch => (&[1, 9, 17, 33, 63, 64], &[9]),
+        MatmulKernel::Batch => (&[1, 8, 9, 17, 33, 63, 64, 65, 72], &[9]),
         MatmulKernel::Gemm => (&[1, 63, 64, 65, 129], &[65]),
     };
     let mut shapes = Vec::new();

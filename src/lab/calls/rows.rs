@@ -27,7 +27,7 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
                 (HIDDEN, 65, 3),
                 (8192, 5, 1),
             ];
-            // Up to 64 tokens the product in front leaves its slices to the norm.
+            // Up to 72 tokens the product in front leaves its slices to the norm.
             let times: &[_] = &[
                 (HIDDEN, 1, 5),
                 (HIDDEN, 8, 5),
