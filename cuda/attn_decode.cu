@@ -17,6 +17,7 @@
 // Spills   8 bytes.
 #include "launch.cuh"
 #include "attn_decode.cuh"
+#include "ready.cuh"
 
 namespace {
 
@@ -45,16 +46,40 @@ __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
 }
 
+__device__ __forceinline__ AttnToken token_of(const AttnDecodeParams& p, uint32_t m) {
+    const uint4 t = __ldcg(reinterpret_cast<const uint4*>(p.token) + m);
+    return attn_token(p, m, {t.x, t.y, t.z, t.w});
+}
+// Asks L2 for the cached ones of keys key0 .. end - 1, and their values.
+__device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const AttnToken& t, uint32_t key0, uint32_t end) {
+    for (uint32_t key = key0 + threadIdx.x % 32; key < min(end, t.first_new); key += 32) {
+        const size_t at = ((size_t)t.slot * p.max_context + key) * HEAD_DIM;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.k_cache + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + at));
+    }
+}
+// Blocks of the grid that have keys; for a whole warp.
+__device__ __forceinline__ uint32_t busy_blocks(const AttnDecodeParams& p) {
+    uint32_t blocks = 0;
+    for (uint32_t m = threadIdx.x % 32; m < p.tokens; m += 32) blocks += blocks_of(token_of(p, m).position);
+    return __reduce_add_sync(~0u, blocks) * attn_head_tiles(p.heads);
+}
+
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
-    wait_previous();
     const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken t = attn_token(p, item.token, p.token[item.token]);
+    const AttnToken t = token_of(p, item.token);
     const uint32_t blocks = blocks_of(t.position), warp = threadIdx.x / 32;
-    if (item.chunk >= blocks) return;
+    if (item.chunk >= blocks) return;  // the grid is not over before those that wait
     const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
     const uint32_t first = (item.chunk * WARPS + warp) * own;
+    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * attn_head_tiles(p.heads) : nullptr;
+    const bool leads = ready && item.token + item.head_tile + item.chunk == 0 && warp == WARPS - 1;
+    const uint32_t busy = leads ? busy_blocks(p) : 0;
+    if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
+    wait_previous();
+    if (leads && threadIdx.x % 32 == 0) ready_begin(ready, busy);
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
     // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
@@ -74,6 +99,8 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     }
     if (warp > 0) return;
     if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    __syncwarp();
+    if (threadIdx.x == 0) ready_end(ready);
 }
 
 }  // namespace

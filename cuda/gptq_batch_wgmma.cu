@@ -30,6 +30,7 @@
 #include "chain.cuh"
 #include "gemm_output.cuh"
 #include "launch.cuh"
+#include "ready.cuh"
 #include "tma.cuh"
 
 namespace {
@@ -39,6 +40,8 @@ constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights,
 constexpr int UNITS = 4;                   // of a stage
 constexpr int X_STAGES = 3;
 constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
+constexpr int EARLY_FLIGHT = 1;  // before the inputs are there: norm and attention are at work then
+constexpr int EARLY_SHARE = 93;  // per cent of an even share of blocks, for slices that need not wait for attention
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
 
@@ -56,14 +59,30 @@ struct BatchShape {
     static constexpr int W_AT = X_STAGES * X_STAGE;
     static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
-    static constexpr int BYTES = BARRIERS_AT + 2 * (W_STAGES + X_STAGES) * 8;
+    static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 1) * 8;
     static_assert(W_STAGES > IN_FLIGHT, "room for stages that wait");
     using Sums = float[TOKENS / 8][4];
+};
+
+// Some of the slices, and how they are spread over blocks. The host does the divisions: a block asks for its first weights at once.
+struct Share {
+    uint32_t slices, blocks;
+    uint64_t tiles;       // row tiles of a block, in steps of 2^-32, rounded up
+    uint64_t reciprocal;  // 1 / slices, in such steps, rounded up
+
+    Share(uint32_t slices, uint32_t row_tiles, uint32_t blocks_at_most) : slices(slices), blocks(0), tiles(0), reciprocal(0) {
+        if (!slices) return;
+        const uint32_t least = (row_tiles + WARPS - 1) / WARPS, parts = max(min(blocks_at_most / slices, row_tiles), least);
+        blocks = slices * parts;
+        tiles = (((uint64_t)row_tiles << 32) + parts - 1) / parts, reciprocal = ((1ull << 32) + slices - 1) / slices;
+    }
 };
 
 struct BatchParams {
     CUtensorMap x;  // [k units][tokens][64] f16
     GptqMatmulParams p;
+    uint32_t slice_units;
+    Share early, late;  // slices that need nothing of attention come first
 };
 
 #if PEREGRINE_WGMMA
@@ -79,22 +98,27 @@ struct Place {
 
 template <class Shape>
 struct Barriers {
-    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES], inputs;
 };
 
 // What a block multiplies.
 struct Span {
     uint32_t slice, unit0, count, tile0, tiles;
-    __device__ __forceinline__ explicit Span(const GptqMatmulParams& p) {
-        const uint32_t row_tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
-        const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
-        const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
-        slice = blockIdx.x % p.slices;
-        unit0 = slice * slice_units;
-        count = min(slice_units, k_units - unit0);
-        tile0 = part * row_tiles / parts;
-        tiles = (part + 1) * row_tiles / parts - tile0;
+    bool late;  // needs attention
+    __device__ __forceinline__ explicit Span(const BatchParams& g) {
+        const GptqMatmulParams& p = g.p;
+        late = blockIdx.x >= g.early.blocks;
+        const Share& share = late ? g.late : g.early;
+        const uint32_t block = late ? blockIdx.x - g.early.blocks : blockIdx.x;
+        const uint32_t part = (uint32_t)(block * share.reciprocal >> 32);
+        slice = block - part * share.slices + (late ? g.early.slices : 0);
+        unit0 = slice * g.slice_units;
+        count = min(g.slice_units, p.w.k / UNIT_INPUTS - unit0);
+        tile0 = (uint32_t)(part * share.tiles >> 32);
+        tiles = (uint32_t)((part + 1) * share.tiles >> 32) - tile0;
     }
+    // Warps that multiply: whole warpgroups.
+    __device__ __forceinline__ uint32_t warps() const { return min((tiles + 3) / 4 * 4, (uint32_t)WARPS); }
     // The slice's units of the block's row tile i; of a tile that it has not, another's.
     template <class Shape>
     __device__ __forceinline__ const uint8_t* units(const GptqMatmulParams& p, uint32_t i) const {
@@ -106,20 +130,25 @@ template <class Shape>
 __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* from = s.units<Shape>(p, lane);
+    // Shared addresses, once: each conversion would ask which block of its cluster this is.
+    const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
+    const uint32_t inputs = smem_address(&b.inputs);
     Place<Shape::W_STAGES> place, arrived;
     uint32_t waiting = 0;  // copies under way
+    bool there = false;    // the inputs are
     for (uint32_t j = 0; j < stages; j++) {
-        if (j >= Shape::W_STAGES) barrier_wait(&b.w_empty[place.slot], place.parity ^ 1);
-        if (waiting == IN_FLIGHT) {
-            barrier_wait(&b.w_full[arrived.slot], arrived.parity);
+        if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
+        if (waiting >= (there ? IN_FLIGHT : EARLY_FLIGHT)) {
+            barrier_wait(full + arrived.slot * 8, arrived.parity);
             arrived.advance();
             waiting--;
+            if (!there) there = barrier_test(inputs, 0);
         }
         waiting++;
         const uint32_t bytes = min((uint32_t)UNITS, s.count - j * UNITS) * Shape::Units::BYTES;
-        if (lane == 0) barrier_expect(&b.w_full[place.slot], s.tiles * bytes);
+        if (lane == 0) barrier_expect(full + place.slot * 8, s.tiles * bytes);
         __syncwarp();
-        if (lane < s.tiles) bulk_copy(ring + place.slot * Shape::W_STAGE + lane * Shape::W_TILE, from, bytes, &b.w_full[place.slot]);
+        if (lane < s.tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
         from += Shape::W_TILE;
         place.advance();
     }
@@ -198,22 +227,26 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
+    const Span s(g);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], WARPS);
-        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], WARPS);
+        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
+        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
+        barrier_init(&b.inputs, 1);
         barrier_init_done();
     }
     __syncthreads();
-    const Span s(g.p);
     if (warp == WARPS) {
         fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
-        wait_previous();
     } else if (warp > WARPS) {
-        prefetch_map(g.x);
-        wait_previous();
-        if (threadIdx.x % 32 == 0) fetch_activations<Shape>(g, s, smem, b);
-    } else {
-        wait_previous();
+        if (threadIdx.x % 32 == 0) {
+            prefetch_map(g.x);
+            ready_wait(g.p.ready, s.late);
+            barrier_arrive(&b.inputs);
+            fetch_activations<Shape>(g, s, smem, b);
+            ready_leave(g.p.ready);
+        }
+    } else if (warp < s.warps()) {
+        // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
         typename Shape::Sums acc = {};
         multiply<Shape>(acc, s, smem, b);
         if (warp >= s.tiles) return;
@@ -231,16 +264,19 @@ template <class Shape>
 int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
-    BatchParams g = {{}, *p};
     const cuuint64_t k_units = p->w.k / UNIT_INPUTS;
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
                               {UNIT_INPUTS, Shape::TOKENS, UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
+    const uint32_t row_tiles = p->w.n / UNIT_ROWS, slice_units = ((uint32_t)k_units + p->slices - 1) / p->slices;
+    const uint32_t early_slices = p->ready ? min(p->attn_input / (slice_units * UNIT_INPUTS), p->slices) : p->slices;
+    const uint32_t late_slices = p->slices - early_slices;
+    const Share early(early_slices, row_tiles, late_slices ? multiprocessors * early_slices / p->slices * EARLY_SHARE / 100 : multiprocessors);
+    const Share late(late_slices, row_tiles, multiprocessors > early.blocks ? multiprocessors - early.blocks : 0);
+    BatchParams g = {{}, *p, slice_units, early, late};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    const uint32_t tiles = p->w.n / UNIT_ROWS, least = (tiles + WARPS - 1) / WARPS;
-    const uint32_t parts = max(min(multiprocessors / p->slices, tiles), least);
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::BYTES, l, g);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(early.blocks + late.blocks), THREADS, Shape::BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>

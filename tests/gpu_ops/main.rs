@@ -10,6 +10,7 @@
 )]
 
 mod attention;
+mod awaited;
 #[path = "../common/gpu.rs"]
 mod gpu;
 mod kit;
