@@ -223,7 +223,6 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 template <class Shape>
 __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
 #if PEREGRINE_WGMMA
-    overlap_next();
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
@@ -241,6 +240,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         if (threadIdx.x % 32 == 0) {
             prefetch_map(g.x);
             ready_wait(g.p.ready, s.late);
+            overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);
             ready_leave(g.p.ready);
@@ -271,7 +271,8 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const uint32_t row_tiles = p->w.n / UNIT_ROWS, slice_units = ((uint32_t)k_units + p->slices - 1) / p->slices;
     const uint32_t early_slices = p->ready ? min(p->attn_input / (slice_units * UNIT_INPUTS), p->slices) : p->slices;
     const uint32_t late_slices = p->slices - early_slices;
-    const Share early(early_slices, row_tiles, late_slices ? multiprocessors * early_slices / p->slices * EARLY_SHARE / 100 : multiprocessors);
+    const uint32_t early_blocks = late_slices ? multiprocessors * early_slices / p->slices * EARLY_SHARE / 100 : multiprocessors;
+    const Share early(early_slices, row_tiles, early_blocks);
     const Share late(late_slices, row_tiles, multiprocessors > early.blocks ? multiprocessors - early.blocks : 0);
     BatchParams g = {{}, *p, slice_units, early, late};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);

@@ -6,8 +6,10 @@
 //   word 1   how many of them are done
 //   word 2   how many blocks of the product have no more use for the words; the last one clears all: zero before and after
 // Nothing is kept from running by what waits for it: a block of the product begins when every block of attention has begun
-// (overlap_next; without overlap, when all have ended), and those when every block of [qkv ; up] has. They run already, and none waits
-// for a block of the product. A block of the product calls wait_previous() before it ends, see launch.cuh: then attention has long ended.
+// (overlap_next; without overlap, when all have ended). They run already, and none waits for a block of the product.
+// The words are zero when the product begins: the product in front of attention, [qkv ; up], calls overlap_next() after its own
+// ready_wait(), so attention, and all behind it, begins when what is before [qkv ; up] is complete, the layer before among it.
+// A block of the product calls wait_previous() before it ends, see launch.cuh: then attention has long ended.
 #pragma once
 #include "launch.cuh"
 
