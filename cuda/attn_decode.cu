@@ -4,17 +4,25 @@
 // Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
 //          fewer where the context is short. Their states are joined in shared memory, those of more than 512 keys through global
 //          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
-//          A block fits beside one of gptq_gemv or its like: it waits there for the queries.
+//          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
+// Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
+// Awaited  it says how far it is, and the product behind it begins before it has ended: ready.cuh.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, up to four rounds of scores, softmax and values, and the merge.
 // Measured in a step of one kernel an op at position 128, while weights of the next product come in: 4.2 to 5.9 us where a warp an item
 //          took 7.6, 2.6 of them joining two chunks through global memory; the step 1.214 instead of 1.311 ms (1 token), 1.372 instead of
 //          1.364 at position 1000, where eight chunks were and two blocks are joined. Alone, in a row, one token: 4.5 us at 128, 7.1 at
 //          1024, 8.6 at 2047; 8 tokens: 10.0 at 1024. 5.8, 7.5, 9.1 and 11.0 before; H200.
+//          16, 32, 64 texts in a row: 4.9, 5.3, 5.8 us at 128, 11.2, 11.9, 22.4 at 1024, where tokens read after the wait and no prefetch
+//          took 5.1, 5.7, 6.8 and 11.5, 12.3, 22.3.
 // Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
 //          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
-// Spills   8 bytes.
+//          Steps of 16, 32, 64 texts at 128: six one-warp blocks a multiprocessor 1.76, 1.94, 2.40 ms where this grid took 1.72, 1.88,
+//          2.19. One block a multiprocessor that takes item after item: 64 texts alone 10.5 us at 128, 52 at 1024. Keys and values of a
+//          warp's first 32 keys in registers before the wait, a round ahead after it, 168 registers: 1.75 ms where 1.70 (16 texts), alone
+//          18.4 us where 14.0 (32 texts at 1024). No prefetch: 1.60 ms where 1.55.
+// Spills   4 bytes.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 #include "ready.cuh"

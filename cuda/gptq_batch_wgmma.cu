@@ -9,6 +9,10 @@
 // Overlap  a block takes 43,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next product's
 //          blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a time: all
 //          at once, they stand in front of attention's and the norm's loads, and of the first activations.
+//          Before the inputs are there it is EARLY_FLIGHT of them.
+// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: four slices need [qkv ; up] alone and
+//          have 24 blocks of 11 or 12 row tiles each; the fifth, `dense`, has 36 blocks of 7 or 8, begins when attention is done, some
+//          6 us later, and ends with the others.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
 // Measured [qkv ; up] 19.3, 21.4, 26.6 us and [down | dense] 19.1, 21.6, 26.9 us at 16, 32, 64 tokens, in turns 38.9, 44.9, 55.8 us a pair,
@@ -16,6 +20,11 @@
 //          sampling at context 128, `cargo bench --bench steps`: 1.86, 2.00, 2.52 ms where it was 1.95, 2.19, 3.07, on another card.
 //          In a harness, without sampling, at position 190: 1.79, 1.94, 2.38 ms where it was 2.04, 2.29, 2.97; with today's norm and
 //          an attention that has six one-warp blocks an SM and prefetches keys (not today's): 1.71, 1.94, 2.30.
+//          With Behind and EARLY_FLIGHT, in turns with what was before, whole steps without sampling in a harness, two runs: at context
+//          128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79, 2.06 to 2.08 where
+//          it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %.
+//          A layer at 16 texts, us: [qkv ; up] 19 to 21 from inputs to stores, 2 to `down`'s inputs, 18 to 20, norm 4 to 5; attention done
+//          5 after [qkv ; up], beside `down`.
 // Short    not at the speed of memory: from the predecessor's end to the sums a product takes 16 us at 16 tokens, though two fifths of its
 //          weights lie in the ring by then. The schedulers issue in 60 % of the cycles; a unit is some 80 instructions, unpacking 52.
 // Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4, 20.0; one
@@ -26,6 +35,9 @@
 //          step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
 //          multiply-add of a subnormal nibble, each row's scales brought to 2^15 by the block itself: a sixth fewer instructions, but the
 //          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
+//          EARLY_FLIGHT 2: steps of 16 texts 1.66 ms where 1 takes 1.60 to 1.62, of 32 1.84 where it takes 1.78 to 1.81. Behind attention,
+//          26 and 28 blocks instead of 24 and 36: 1.77 where these took 1.70; warps without a row tile that multiply all the same: 1.71
+//          where 1.66. 64 texts that do not wait for attention: 2.32 where those that do take 2.29 at 128, 2.76 where 2.86 at 1024.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
