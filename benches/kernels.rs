@@ -112,8 +112,10 @@ mod cuda {
             let mut cache = caches(s, 1, slots)?.remove(0);
             let mut out = DevBuf::<u16>::zeros(s, "out", slots * stride)?;
             let times = b.timer.times(&mut |s| {
-                let (tokens, output) =
-                    (StepTokens::list(&words, slots), AttnOutput { out: &mut out, first: FFN, stride });
+                let (tokens, output) = (
+                    StepTokens::list(&words, slots),
+                    AttnOutput { out: &mut out, first: FFN, stride, awaited: false },
+                );
                 ops::attn_decode(s, &qkv, &mut cache, &table, tokens, &mut scratch, output)
             })?;
             let seen = slots * (position + 1);

@@ -4,19 +4,28 @@
 // Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
 //          fewer where the context is short. Their states are joined in shared memory, those of more than 512 keys through global
 //          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
-//          A block fits beside one of gptq_gemv or its like: it waits there for the queries.
+//          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
+// Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
+// Awaited  it says how far it is, and the product behind it begins before it has ended: ready.cuh.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, up to four rounds of scores, softmax and values, and the merge.
 // Measured in a step of one kernel an op at position 128, while weights of the next product come in: 4.2 to 5.9 us where a warp an item
 //          took 7.6, 2.6 of them joining two chunks through global memory; the step 1.214 instead of 1.311 ms (1 token), 1.372 instead of
 //          1.364 at position 1000, where eight chunks were and two blocks are joined. Alone, in a row, one token: 4.5 us at 128, 7.1 at
 //          1024, 8.6 at 2047; 8 tokens: 10.0 at 1024. 5.8, 7.5, 9.1 and 11.0 before; H200.
+//          16, 32, 64 texts in a row: 4.9, 5.3, 5.8 us at 128, 11.2, 11.9, 22.4 at 1024, where tokens read after the wait and no prefetch
+//          took 5.1, 5.7, 6.8 and 11.5, 12.3, 22.3.
 // Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
 //          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
-// Spills   8 bytes.
+//          Steps of 16, 32, 64 texts at 128: six one-warp blocks a multiprocessor 1.76, 1.94, 2.40 ms where this grid took 1.72, 1.88,
+//          2.19. One block a multiprocessor that takes item after item: 64 texts alone 10.5 us at 128, 52 at 1024. Keys and values of a
+//          warp's first 32 keys in registers before the wait, a round ahead after it, 168 registers: 1.75 ms where 1.70 (16 texts), alone
+//          18.4 us where 14.0 (32 texts at 1024). No prefetch: 1.60 ms where 1.55.
+// Spills   4 bytes.
 #include "launch.cuh"
 #include "attn_decode.cuh"
+#include "ready.cuh"
 
 namespace {
 
@@ -45,16 +54,40 @@ __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
 }
 
+__device__ __forceinline__ AttnToken token_of(const AttnDecodeParams& p, uint32_t m) {
+    const uint4 t = __ldcg(reinterpret_cast<const uint4*>(p.token) + m);
+    return attn_token(p, m, {t.x, t.y, t.z, t.w});
+}
+// Asks L2 for the cached ones of keys key0 .. end - 1, and their values.
+__device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const AttnToken& t, uint32_t key0, uint32_t end) {
+    for (uint32_t key = key0 + threadIdx.x % 32; key < min(end, t.first_new); key += 32) {
+        const size_t at = ((size_t)t.slot * p.max_context + key) * HEAD_DIM;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.k_cache + at));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + at));
+    }
+}
+// Blocks of the grid that have keys; for a whole warp.
+__device__ __forceinline__ uint32_t busy_blocks(const AttnDecodeParams& p) {
+    uint32_t blocks = 0;
+    for (uint32_t m = threadIdx.x % 32; m < p.tokens; m += 32) blocks += blocks_of(token_of(p, m).position);
+    return __reduce_add_sync(~0u, blocks) * attn_head_tiles(p.heads);
+}
+
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
-    wait_previous();
     const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken t = attn_token(p, item.token, p.token[item.token]);
+    const AttnToken t = token_of(p, item.token);
     const uint32_t blocks = blocks_of(t.position), warp = threadIdx.x / 32;
-    if (item.chunk >= blocks) return;
+    if (item.chunk >= blocks) return;  // the grid is not over before those that wait
     const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
     const uint32_t first = (item.chunk * WARPS + warp) * own;
+    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * attn_head_tiles(p.heads) : nullptr;
+    const bool leads = ready && item.token + item.head_tile + item.chunk == 0 && warp == WARPS - 1;
+    const uint32_t busy = leads ? busy_blocks(p) : 0;
+    if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
+    wait_previous();
+    if (leads && threadIdx.x % 32 == 0) ready_begin(ready, busy);
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
     // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
@@ -74,6 +107,8 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     }
     if (warp > 0) return;
     if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    __syncwarp();
+    if (threadIdx.x == 0) ready_end(ready);
 }
 
 }  // namespace

@@ -18,9 +18,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t count 
 }
 __device__ __forceinline__ void barrier_arrive(uint64_t* barrier, uint32_t count = 1) { barrier_arrive(smem_address(barrier), count); }
 // One arrival, and `bytes` more to wait for.
-__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes) : "memory");
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) { barrier_expect(smem_address(barrier), bytes); }
 // Whether the phase is over, without waiting.
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
     uint32_t done;

@@ -1,4 +1,4 @@
-// chain — one unit of weights, in registers, times 16, 32, 64 or 72 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
+// chain — one unit of weights, in registers, times 8 to 72 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
 //
 // A chain is the products of a run: the inputs of a unit that have one scale. The tensor core adds it up, then it is scaled and added in
 // f32. On sm_90a four warps share wgmma, elsewhere a warp loads activations by ldmatrix for mma.sync; the accumulators c[n][e] are the

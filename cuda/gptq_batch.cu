@@ -11,6 +11,7 @@
 //          22.9, 27.6 us at 16, 32 tokens. Stages of 2 units: 25.7, 29.2, 38.9 us.
 // Spills   4 to 36 bytes on sm_80: group size 32 with more than 32 tokens, 72 tokens.
 #include "batch.cuh"
+#include "ready.cuh"
 
 // gptq_batch_wgmma.cu
 uint32_t gptq_batch_wgmma_multiprocessors();
@@ -57,6 +58,7 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __gr
     multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
         store_sums<Shape::TOKENS>(p, slice, tile, end, acc);
     });
+    if (threadIdx.x == 0) ready_leave(p.ready);
 #endif
 }
 

@@ -9,7 +9,11 @@
 // Columns  8, 16, 32, 64 or 72 tokens.
 // Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
 //          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
-//          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations.
+//          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the
+//          inputs are there it is EARLY_FLIGHT of them.
+// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: four slices need [qkv ; up] alone and
+//          have 24 blocks of 11 or 12 row tiles each; the fifth, `dense`, has 36 blocks of 7 or 8, begins when attention is done, some
+//          6 us later, and ends with the others.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
 // Measured a pair of [qkv ; up] and [down | dense], launches in a row in a graph, cold L2, H200 at 1.8 GHz, by turns with the kernel before
@@ -20,6 +24,11 @@
 //              step, ms     1.564 (1.691)  1.585 (1.709)  1.688 (1.726)  1.904 (1.975)  2.306 (2.305)
 //          On four runs the pair took 37 to 39, 41 to 43, 52 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
 //          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
+//          With Behind and EARLY_FLIGHT, before stages of activations were unrolled, whole steps without sampling in a harness, in turns,
+//          two runs: at context 128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79,
+//          2.06 to 2.08 where it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %.
+//          A layer at 16 texts, us: [qkv ; up] 19 to 21 from inputs to stores, 2 to `down`'s inputs, 18 to 20, norm 4 to 5; attention done
+//          5 after [qkv ; up], beside `down`.
 // Short    not at the speed of memory: what a warp issues adds to what the tensor cores take, instead of hiding behind it. Of a unit of 12
 //          row tiles products alone take 157, 157, 193, 384, 433 cycles at 8, 16, 32, 64, 72 tokens; 96 multiply-adds more of a scheduler
 //          add 95, 107, 127, 83, 46 to that. A unit is 79 instructions of a warp, unpacking 52, and 8 of the uniform unit for descriptors.
@@ -37,11 +46,15 @@
 //          (3.6e-6 with zero points). Codes one unit ahead, not two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
 //          without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1. Zeros for the row tiles that a block does not have: no
 //          difference. Constant weights instead of random ones: 1 to 4 % less.
+//          EARLY_FLIGHT 2: steps of 16 texts 1.66 ms where 1 takes 1.60 to 1.62, of 32 1.84 where it takes 1.78 to 1.81. Behind attention,
+//          26 and 28 blocks instead of 24 and 36: 1.77 where these took 1.70; warps without a row tile that multiply all the same: 1.71
+//          where 1.66. 64 texts that do not wait for attention: 2.32 where those that do take 2.29 at 128, 2.76 where 2.86 at 1024.
 // Spills   8 bytes, 72 tokens with two scales a unit.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
 #include "launch.cuh"
+#include "ready.cuh"
 #include "tma.cuh"
 
 namespace {
@@ -53,6 +66,8 @@ constexpr int X_STAGES = 3;
 constexpr int AHEAD = 2;  // units a warp loads ahead of the one it unpacks
 static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
 constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
+constexpr int EARLY_FLIGHT = 1;  // before the inputs are there: norm and attention are at work then
+constexpr int EARLY_SHARE = 93;  // per cent of an even share of blocks, for slices that need not wait for attention
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
 
@@ -70,14 +85,30 @@ struct BatchShape {
     static constexpr int W_AT = X_STAGES * X_STAGE;
     static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
-    static constexpr int BYTES = BARRIERS_AT + 2 * (W_STAGES + X_STAGES) * 8;
+    static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 1) * 8;
     static_assert(W_STAGES > IN_FLIGHT, "room for stages that wait");
     using Sums = float[TOKENS / 8][4];
+};
+
+// Some of the slices, and how they are spread over blocks. The host does the divisions: a block asks for its first weights at once.
+struct Share {
+    uint32_t slices, blocks;
+    uint64_t tiles;       // row tiles of a block, in steps of 2^-32, rounded up
+    uint64_t reciprocal;  // 1 / slices, in such steps, rounded up
+
+    Share(uint32_t slices, uint32_t row_tiles, uint32_t blocks_at_most) : slices(slices), blocks(0), tiles(0), reciprocal(0) {
+        if (!slices) return;
+        const uint32_t least = (row_tiles + WARPS - 1) / WARPS, parts = max(min(blocks_at_most / slices, row_tiles), least);
+        blocks = slices * parts;
+        tiles = (((uint64_t)row_tiles << 32) + parts - 1) / parts, reciprocal = ((1ull << 32) + slices - 1) / slices;
+    }
 };
 
 struct BatchParams {
     CUtensorMap x;  // [k units][tokens][64] f16
     GptqMatmulParams p;
+    uint32_t slice_units;
+    Share early, late;  // slices that need nothing of attention come first
 };
 
 #if PEREGRINE_WGMMA
@@ -93,22 +124,27 @@ struct Place {
 
 template <class Shape>
 struct Barriers {
-    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES];
+    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES], inputs;
 };
 
 // What a block multiplies.
 struct Span {
     uint32_t slice, unit0, count, tile0, tiles;
-    __device__ __forceinline__ explicit Span(const GptqMatmulParams& p) {
-        const uint32_t row_tiles = p.w.n / UNIT_ROWS, k_units = p.w.k / UNIT_INPUTS;
-        const uint32_t slice_units = (k_units + p.slices - 1) / p.slices;
-        const uint32_t part = blockIdx.x / p.slices, parts = gridDim.x / p.slices;
-        slice = blockIdx.x % p.slices;
-        unit0 = slice * slice_units;
-        count = min(slice_units, k_units - unit0);
-        tile0 = part * row_tiles / parts;
-        tiles = (part + 1) * row_tiles / parts - tile0;
+    bool late;  // needs attention
+    __device__ __forceinline__ explicit Span(const BatchParams& g) {
+        const GptqMatmulParams& p = g.p;
+        late = blockIdx.x >= g.early.blocks;
+        const Share& share = late ? g.late : g.early;
+        const uint32_t block = late ? blockIdx.x - g.early.blocks : blockIdx.x;
+        const uint32_t part = (uint32_t)(block * share.reciprocal >> 32);
+        slice = block - part * share.slices + (late ? g.early.slices : 0);
+        unit0 = slice * g.slice_units;
+        count = min(g.slice_units, p.w.k / UNIT_INPUTS - unit0);
+        tile0 = (uint32_t)(part * share.tiles >> 32);
+        tiles = (uint32_t)((part + 1) * share.tiles >> 32) - tile0;
     }
+    // Warps that multiply: whole warpgroups.
+    __device__ __forceinline__ uint32_t warps() const { return min((tiles + 3) / 4 * 4, (uint32_t)WARPS); }
     // The slice's units of the block's row tile i; of a tile that it has not, another's.
     template <class Shape>
     __device__ __forceinline__ const uint8_t* units(const GptqMatmulParams& p, uint32_t i) const {
@@ -120,20 +156,25 @@ template <class Shape>
 __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* from = s.units<Shape>(p, lane);
+    // Shared addresses, once: each conversion would ask which block of its cluster this is.
+    const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
+    const uint32_t inputs = smem_address(&b.inputs);
     Place<Shape::W_STAGES> place, arrived;
     uint32_t waiting = 0;  // copies under way
+    bool there = false;    // the inputs are
     for (uint32_t j = 0; j < stages; j++) {
-        if (j >= Shape::W_STAGES) barrier_wait(&b.w_empty[place.slot], place.parity ^ 1);
-        if (waiting == IN_FLIGHT) {
-            barrier_wait(&b.w_full[arrived.slot], arrived.parity);
+        if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
+        if (waiting >= (there ? IN_FLIGHT : EARLY_FLIGHT)) {
+            barrier_wait(full + arrived.slot * 8, arrived.parity);
             arrived.advance();
             waiting--;
+            if (!there) there = barrier_test(inputs, 0);
         }
         waiting++;
         const uint32_t bytes = min((uint32_t)UNITS, s.count - j * UNITS) * Shape::Units::BYTES;
-        if (lane == 0) barrier_expect(&b.w_full[place.slot], s.tiles * bytes);
+        if (lane == 0) barrier_expect(full + place.slot * 8, s.tiles * bytes);
         __syncwarp();
-        if (lane < s.tiles) bulk_copy(ring + place.slot * Shape::W_STAGE + lane * Shape::W_TILE, from, bytes, &b.w_full[place.slot]);
+        if (lane < s.tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
         from += Shape::W_TILE;
         place.advance();
     }
@@ -218,26 +259,30 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 template <class Shape>
 __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
 #if PEREGRINE_WGMMA
-    overlap_next();
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
+    const Span s(g);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], WARPS);
-        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], WARPS);
+        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
+        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
+        barrier_init(&b.inputs, 1);
         barrier_init_done();
     }
     __syncthreads();
-    const Span s(g.p);
     if (warp == WARPS) {
         fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
-        wait_previous();
     } else if (warp > WARPS) {
-        prefetch_map(g.x);
-        wait_previous();
-        if (threadIdx.x % 32 == 0) fetch_activations<Shape>(g, s, smem, b);
-    } else {
-        wait_previous();
+        if (threadIdx.x % 32 == 0) {
+            prefetch_map(g.x);
+            ready_wait(g.p.ready, s.late);
+            overlap_next();  // not before: see ready.cuh
+            barrier_arrive(&b.inputs);
+            fetch_activations<Shape>(g, s, smem, b);
+            ready_leave(g.p.ready);
+        }
+    } else if (warp < s.warps()) {
+        // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
         typename Shape::Sums acc = {};
         multiply<Shape>(acc, s, smem, b);
         if (warp >= s.tiles) return;
@@ -255,16 +300,20 @@ template <class Shape>
 int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     const bool halves = !p->y.partials && !p->y.residual;
     if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
-    BatchParams g = {{}, *p};
     const cuuint64_t k_units = p->w.k / UNIT_INPUTS;
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
                               {UNIT_INPUTS, Shape::TOKENS, UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
+    const uint32_t row_tiles = p->w.n / UNIT_ROWS, slice_units = ((uint32_t)k_units + p->slices - 1) / p->slices;
+    const uint32_t early_slices = p->ready ? min(p->attn_input / (slice_units * UNIT_INPUTS), p->slices) : p->slices;
+    const uint32_t late_slices = p->slices - early_slices;
+    const uint32_t early_blocks = late_slices ? multiprocessors * early_slices / p->slices * EARLY_SHARE / 100 : multiprocessors;
+    const Share early(early_slices, row_tiles, early_blocks);
+    const Share late(late_slices, row_tiles, multiprocessors > early.blocks ? multiprocessors - early.blocks : 0);
+    BatchParams g = {{}, *p, slice_units, early, late};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    const uint32_t tiles = p->w.n / UNIT_ROWS, least = (tiles + WARPS - 1) / WARPS;
-    const uint32_t parts = max(min(multiprocessors / p->slices, tiles), least);
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::BYTES, l, g);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(early.blocks + late.blocks), THREADS, Shape::BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>

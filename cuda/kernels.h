@@ -35,6 +35,7 @@ extern "C" {
 #define PEREGRINE_DRAFT_ROWS 32    // most rows of a single slot: the walk over them is one warp's
 #define PEREGRINE_BACKOFF 64       // most steps without drafts
 #define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
+#define PEREGRINE_READY_WORDS 3    // by which attention lets the product behind it begin
 
 struct CUstream_st;
 
@@ -93,6 +94,10 @@ typedef struct GptqMatmulParams {
     // Only gptq_gemm uses these, to spread a product evenly over the GPU; without them it takes whole tiles:
     float* split_sums;     // [multiprocessors, GEMM_TILE]: sums of tiles that blocks share
     uint32_t* split_flags; // [multiprocessors, GEMM_GROUPS], zero before and after
+    // Only gptq_batch uses these: NULL, or the words of the attn_decode in front of it (cuda/ready.cuh), which writes inputs
+    // attn_input .. k - 1 of x and none before.
+    uint32_t* ready;
+    uint32_t attn_input;
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
@@ -173,8 +178,9 @@ typedef struct AttnDecodeParams {
     const StepToken* token;   // [tokens]
     uint16_t* out;            // [tokens, out_stride] f16: heads * 64 values a token
     float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
-    uint32_t* arrivals;       // [tokens, head tiles], zero before and after
+    uint32_t* arrivals;       // [tokens, head tiles], and PEREGRINE_READY_WORDS if awaited; zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
+    uint32_t awaited;         // 1: the gptq_batch behind it awaits it by the words behind the arrivals (cuda/ready.cuh)
 } AttnDecodeParams;
 int32_t attn_decode(const AttnDecodeParams* p, const Launch* l);   // tokens <= PEREGRINE_STEP_TOKENS
 

@@ -4,8 +4,9 @@
 //   1. calls overlap_next() at its top, so that its successor may be brought up as soon as SMs have room;
 //   2. may prefetch what no kernel writes (weights);
 //   3. calls wait_previous() in EVERY block, also in one with nothing to do, before it touches anything another kernel wrote
-//      or reads. A block that left without waiting would let its grid complete before the grid in front of it has, and the
-//      grid after the next would then see unfinished data.
+//      or reads. If all left without waiting, their grid would complete before the grid in front of it has, and the grid after
+//      the next would then see unfinished data.
+// embed, which begins each step, does 1 after 3: what is launched behind it may read at once what was written in front of it.
 // On sm_80 both are empty and the stream orders the kernels; the device layer then passes overlap = 0.
 #pragma once
 #include <atomic>

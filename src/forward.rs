@@ -21,10 +21,14 @@ use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::{Layer, Weights};
 
-/// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
+/// Up to this many tokens the layer's last product begins before attention has ended. Attention of more fills the GPU, and a product's blocks
+/// beside it delay both.
+const AWAITING_TOKENS: usize = 32;
+
 /// A prompt of 5 to 8 tokens goes to `gptq_batch` too: on an H200 34 us for a layer's products, where `gptq_gemv` takes 51 for 8.
 const PROMPT_GEMV_TOKENS: usize = 4;
 
+/// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
 pub(crate) struct Pass<'a> {
     pub(crate) stream: &'a Stream,
     pub(crate) config: &'a ModelConfig,
@@ -74,7 +78,7 @@ impl Pass<'_> {
         for (i, layer) in weights.layers.iter().enumerate() {
             self.qkv_up(layer, tokens)?;
             self.attention(i, tokens)?;
-            self.down_dense(layer, tokens)?;
+            self.down_dense(i, tokens)?;
             let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
             let s = &mut *self.scratch;
             let sum =
@@ -156,7 +160,7 @@ impl Pass<'_> {
                 kernel,
                 &layer.qkv_up,
                 rows,
-                Activations { x, stride: hidden, tokens: m },
+                Activations { x, stride: hidden, tokens: m, attention: None },
                 1,
                 output,
             )?;
@@ -166,15 +170,15 @@ impl Pass<'_> {
 
     fn attention(&mut self, index: usize, tokens: Tokens) -> Result<()> {
         let (stream, heads, table) = (self.stream, self.config.num_heads, &self.weights.rope_table);
+        let (few, awaited) = (Self::few(tokens), self.awaits_attention(index, tokens));
         let s = &mut *self.scratch;
-        // A step's tokens are of several slots.
-        let few = matches!(tokens, Tokens::Step(_)) || tokens.count() <= GEMV_TOKENS;
         let tokens = tokens.of(&s.step_tokens, self.step);
         let cache = &mut self.cache.layers[index];
         let output = AttnOutput {
             out: &mut s.wide,
             first: self.config.ffn_size,
             stride: self.config.ffn_size + self.config.hidden_size,
+            awaited,
         };
         if few {
             return ops::attn_decode(stream, &s.qkv, cache, table, tokens, &mut s.attn, output);
@@ -183,8 +187,26 @@ impl Pass<'_> {
         ops::attn_prefill(stream, &s.qkv, heads, cache, tokens, output)
     }
 
-    fn down_dense(&mut self, layer: &Layer, tokens: Tokens) -> Result<()> {
-        let (stream, kernel, m) = (self.stream, self.kernel(tokens), tokens.count());
+    /// Attention by `attn_decode`: a step's tokens are of several slots, and a short prompt's are few.
+    fn few(tokens: Tokens) -> bool {
+        matches!(tokens, Tokens::Step(_)) || tokens.count() <= GEMV_TOKENS
+    }
+
+    /// Whether the layer's last product begins before its attention has ended. Kernels of somebody else's know nothing of that.
+    fn awaits_attention(&self, index: usize, tokens: Tokens) -> bool {
+        let built_in = ["attn_decode", "gptq_batch"].into_iter().all(ops::is_built_in);
+        let next = self.weights.layers[index].down_dense_source.is_none();
+        let m = tokens.count();
+        next && built_in
+            && Self::few(tokens)
+            && m <= AWAITING_TOKENS
+            && self.kernel(tokens) == MatmulKernel::Batch
+    }
+
+    fn down_dense(&mut self, index: usize, tokens: Tokens) -> Result<()> {
+        let (layer, m) = (&self.weights.layers[index], tokens.count());
+        let (stream, kernel) = (self.stream, self.kernel(tokens));
+        let awaits = self.awaits_attention(index, tokens);
         let s = &mut *self.scratch;
         let wide = self.config.ffn_size + self.config.hidden_size;
         let x = match (&layer.down_dense_source, &mut s.permuted_wide) {
@@ -204,7 +226,12 @@ impl Pass<'_> {
             kernel,
             &layer.down_dense,
             0..layer.down_dense.n,
-            Activations { x, stride: wide, tokens: m },
+            Activations {
+                x,
+                stride: wide,
+                tokens: m,
+                attention: awaits.then_some((&s.attn, self.config.ffn_size)),
+            },
             slices,
             output,
         )

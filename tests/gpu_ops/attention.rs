@@ -170,7 +170,7 @@ impl Sequences {
         step.extend(words(places));
         let step = DevBuf::from_host(stream, "step", &step).unwrap();
         let mut out = nan16(stream, first + m * stride);
-        let output = AttnOutput { out: &mut out, first, stride };
+        let output = AttnOutput { out: &mut out, first, stride, awaited: false };
         ops::attn_decode(stream, &qkv, &mut cache, table, StepTokens::step(&step, m), scratch, output)
             .unwrap();
 
@@ -287,7 +287,7 @@ fn attn_decode_clamps_its_tokens() {
     let tokens = DevBuf::from_host(&stream, "tokens", &wild).unwrap();
     let width = heads * HEAD_DIM;
     let mut out = nan16(&stream, 2 * width);
-    let output = AttnOutput { out: &mut out, first: 0, stride: width };
+    let output = AttnOutput { out: &mut out, first: 0, stride: width, awaited: false };
     ops::attn_decode(&stream, &qkv, &mut cache, &table, StepTokens::list(&tokens, 2), &mut scratch, output)
         .unwrap();
     let right = sequences.run(&stream, &table, &mut scratch, &run_of(1, CONTEXT - 2, 2));
@@ -345,7 +345,7 @@ fn attn_prefill_in_pieces_is_the_whole() {
         let piece = DevBuf::from_host(&stream, "qkv", &qkv[position * row..][..count * row]).unwrap();
         let tokens = DevBuf::from_host(&stream, "tokens", &words(&run_of(0, position, count))).unwrap();
         let mut out = nan16(&stream, count * stride);
-        let output = AttnOutput { out: &mut out, first: 0, stride };
+        let output = AttnOutput { out: &mut out, first: 0, stride, awaited: false };
         ops::attn_prefill(&stream, &piece, heads, &cache, StepTokens::list(&tokens, count), output).unwrap();
         download(&stream, &out)
     };
@@ -379,7 +379,7 @@ fn check_prefill(stream: &Stream, case: &Case, slot: usize) {
     let tokens = DevBuf::from_host(stream, "tokens", &words(&run_of(slot, position, m))).unwrap();
     let once = || {
         let mut out = nan16(stream, first + m * stride);
-        let output = AttnOutput { out: &mut out, first, stride };
+        let output = AttnOutput { out: &mut out, first, stride, awaited: false };
         ops::attn_prefill(stream, &qkv, heads, &cache, StepTokens::list(&tokens, m), output).unwrap();
         download(stream, &out)
     };

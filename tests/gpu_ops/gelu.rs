@@ -40,7 +40,7 @@ fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
             split_row: qkv,
             bias: Some(&bias),
         };
-        let a = Activations { x: &x, stride: 64, tokens: m };
+        let a = Activations { x: &x, stride: 64, tokens: m, attention: None };
         ops::gptq_matmul(&stream, kernel, &w, 0..n, a, 1, output).unwrap();
         assert_eq!(to_f32(&out.download(&stream, 0, m * qkv).unwrap()), vec![0.25; m * qkv]);
         let got = to_f32(&wide.download(&stream, 0, m * (n - qkv)).unwrap());

@@ -10,6 +10,7 @@
 )]
 
 mod attention;
+mod awaited;
 mod gelu;
 #[path = "../common/gpu.rs"]
 mod gpu;

@@ -71,7 +71,7 @@ fn run_partials(
     slices: usize,
 ) -> Vec<f32> {
     let mut out = nan32(stream, slices * m * w.n);
-    let a = Activations { x, stride: w.k, tokens: m };
+    let a = Activations { x, stride: w.k, tokens: m, attention: None };
     ops::gptq_matmul(stream, kernel, w, 0..w.n, a, slices, MatmulOutput::Partials(&mut out)).unwrap();
     out.download(stream, 0, slices * m * w.n).unwrap()
 }
@@ -268,7 +268,7 @@ fn gptq_matmul_splits_rows() {
                         split_row: qkv,
                         bias: Some(&bias_gpu),
                     };
-                    let a = Activations { x: &x_gpu, stride: hidden, tokens: m };
+                    let a = Activations { x: &x_gpu, stride: hidden, tokens: m, attention: None };
                     ops::gptq_matmul(&stream, kernel, &w, rows, a, 1, output).unwrap();
                 }
                 let out = out.download(&stream, 0, m * qkv).unwrap();
@@ -320,7 +320,7 @@ fn gptq_matmul_adds_to_the_residual() {
         want.chunks_mut(hidden).for_each(|row| reference::add(row, &bias));
         let mut got = DevBuf::from_host(&stream, "residual", &residual).unwrap();
         let x_gpu = DevBuf::from_host(&stream, "x", &x).unwrap();
-        let a = Activations { x: &x_gpu, stride: ffn + hidden, tokens: m };
+        let a = Activations { x: &x_gpu, stride: ffn + hidden, tokens: m, attention: None };
         let output = MatmulOutput::Residual { x: &mut got, bias: Some(&bias_gpu) };
         ops::gptq_matmul(&stream, kernel, &w, 0..hidden, a, 1, output).unwrap();
         let got = got.download(&stream, 0, m * hidden).unwrap();

@@ -10,6 +10,8 @@ use crate::layout::{HEAD_DIM, UNIT_ROWS};
 
 /// Keys one warp of `attn_decode` takes.
 const ATTN_CHUNK: usize = ffi::PEREGRINE_ATTN_CHUNK as usize;
+/// Words behind the arrivals by which a product awaits `attn_decode`.
+const READY_WORDS: usize = ffi::PEREGRINE_READY_WORDS as usize;
 /// Floats of what a warp of `attn_decode` leaves for the one that merges: 16 rows of 64 values, and sum and maximum in every lane.
 const ATTN_STATE_FLOATS: usize = 9 * 32 * 4;
 
@@ -87,7 +89,7 @@ impl AttnScratch {
         let floats = groups * max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS;
         Ok(AttnScratch {
             partials: DevBuf::zeros(stream, "attention partials", floats)?,
-            arrivals: DevBuf::zeros(stream, "attention arrivals", groups)?,
+            arrivals: DevBuf::zeros(stream, "attention arrivals", groups + READY_WORDS)?,
             heads,
         })
     }
@@ -96,7 +98,14 @@ impl AttnScratch {
     pub(super) fn require(&self, op: &str, heads: usize, max_context: usize, tokens: usize) -> Result<()> {
         let groups = tokens * heads.div_ceil(UNIT_ROWS);
         self.partials.require(op, groups * max_context.div_ceil(ATTN_CHUNK) * ATTN_STATE_FLOATS)?;
-        self.arrivals.require(op, groups)
+        self.arrivals.require(op, groups + READY_WORDS)
+    }
+
+    /// The words by which a product awaits a call of `tokens` tokens.
+    pub(super) fn ready(&self, op: &str, stream: &Stream, tokens: usize) -> Result<*mut u32> {
+        let groups = tokens * self.heads.div_ceil(UNIT_ROWS);
+        self.arrivals.require(op, groups + READY_WORDS)?;
+        Ok(self.arrivals.ptr(stream).wrapping_add(groups).cast_mut())
     }
 
     pub(super) fn ptrs(&mut self, stream: &Stream) -> (*mut f32, *mut u32) {
@@ -112,6 +121,10 @@ pub struct AttnOutput<'a> {
     pub first: usize,
     /// Values between two tokens; a multiple of 8.
     pub stride: usize,
+    /// The `gptq_batch` that is launched next awaits `attn_decode` by words of its scratch ([`Activations::attention`]).
+    ///
+    /// [`Activations::attention`]: super::Activations::attention
+    pub awaited: bool,
 }
 
 impl AttnOutput<'_> {
@@ -145,6 +158,7 @@ pub fn attn_decode(
     table.require(op, cache.max_context * HEAD_DIM)?;
     scratch.require(op, heads, cache.max_context, m)?;
     let (partials, arrivals) = scratch.ptrs(stream);
+    let awaited = output.awaited;
     let params = ffi::AttnDecodeParams {
         qkv: qkv.ptr(stream),
         k_cache: cache.k.ptr_mut(stream),
@@ -159,6 +173,7 @@ pub fn attn_decode(
         heads: u32_of(op, heads)?,
         slots: u32_of(op, cache.slots)?,
         max_context: u32_of(op, cache.max_context)?,
+        awaited: u32::from(awaited),
     };
     call!(attn_decode, stream, params)
 }

@@ -77,6 +77,11 @@ fn error_name(code: i32) -> String {
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }
 
+/// Whether launches of `op` go to this program's own kernel, and not to one that somebody put in its place.
+pub(crate) fn is_built_in(op: &str) -> bool {
+    super::swap::launcher(op).is_none()
+}
+
 fn launch_on(stream: &Stream) -> Result<ffi::Launch> {
     let context = stream.inner.context();
     context

@@ -3,7 +3,7 @@
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::{call, check, launch_on, u32_of};
+use super::{AttnScratch, call, check, launch_on, u32_of};
 use crate::error::{Error, Result};
 use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
 
@@ -87,6 +87,9 @@ pub struct Activations<'a> {
     pub stride: usize,
     /// Tokens.
     pub tokens: usize,
+    /// For [`MatmulKernel::Batch`] right behind an `attn_decode` of as many tokens whose output is
+    /// [`awaited`](super::AttnOutput::awaited): its scratch, and the first input that it writes. Those before were there before it.
+    pub attention: Option<(&'a AttnScratch, usize)>,
 }
 
 /// Where the sums of rows `rows` go, after the buffers were found large enough for `tokens` tokens.
@@ -168,6 +171,13 @@ pub fn gptq_matmul(
     }
     a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
+    let (ready, attn_input) = match a.attention {
+        Some((scratch, first)) if kernel == MatmulKernel::Batch => {
+            (scratch.ready(op, stream, a.tokens)?, u32_of(op, first)?)
+        }
+        Some(_) => return Err(Error::Cuda { op: op.into(), what: "it does not await attention".into() }),
+        None => (std::ptr::null_mut(), 0),
+    };
     let split = if kernel == MatmulKernel::Gemm { stream.split_sums()? } else { None };
     let params = ffi::GptqMatmulParams {
         w: ffi::GptqMatrix {
@@ -185,6 +195,8 @@ pub fn gptq_matmul(
         // Written by the kernel; kernels of one stream run in order, and nothing else has these pointers.
         split_sums: split.map_or(std::ptr::null_mut(), |s| s.sums.ptr(stream).cast_mut()),
         split_flags: split.map_or(std::ptr::null_mut(), |s| s.flags.ptr(stream).cast_mut()),
+        ready,
+        attn_input,
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),

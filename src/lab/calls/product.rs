@@ -281,7 +281,7 @@ impl Call for ProductCall {
                 MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias }
             }
         };
-        let a = Activations { x: &self.x, stride: k, tokens: m };
+        let a = Activations { x: &self.x, stride: k, tokens: m, attention: None };
         ops::gptq_matmul(stream, self.kernel, &self.w, 0..n, a, self.slices, output)
     }
 

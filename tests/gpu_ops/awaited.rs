@@ -1,0 +1,101 @@
+//! gptq_batch behind attn_decode: it begins before attention has ended.
+
+use peregrine::gpu::ops::{
+    self, Activations, AttnOutput, AttnScratch, MatmulKernel, MatmulOutput, StepTokens,
+};
+use peregrine::gpu::{DevBuf, Stream};
+use peregrine::lab::CONTEXT;
+use peregrine::lab::kit::rope_table;
+use peregrine::layout::HEAD_DIM;
+
+use crate::kit::*;
+
+/// A layer's [qkv ; up], attention and [down | dense].
+struct Layer {
+    heads: usize,
+    ffn: usize,
+    slices: usize,
+    up: ops::Int4Matrix,
+    down: ops::Int4Matrix,
+    table: DevBuf<f32>,
+}
+
+impl Layer {
+    fn new(stream: &Stream, heads: usize, ffn: usize, slices: usize) -> Layer {
+        let (hidden, random) = (heads * HEAD_DIM, &mut Random::new(ffn as u64));
+        let up = Quantised::new(random, (heads + 2) * HEAD_DIM + ffn, hidden, G64);
+        let down = Quantised::new(random, hidden, ffn + hidden, G64);
+        let table = rope_table(stream).unwrap();
+        let on_gpu = |q: &Quantised| repack(stream, q.n, q.k, &[(q, 0, 0)]);
+        Layer { heads, ffn, slices, up: on_gpu(&up), down: on_gpu(&down), table }
+    }
+
+    /// The layer for one input after the other, without a pause; gives the sums of each.
+    fn run(
+        &self,
+        stream: &Stream,
+        inputs: &[DevBuf<u16>],
+        positions: &[usize],
+        awaited: bool,
+    ) -> Vec<Vec<u32>> {
+        let (heads, ffn, m) = (self.heads, self.ffn, positions.len());
+        let (hidden, qkv_size, wide) = (heads * HEAD_DIM, (heads + 2) * HEAD_DIM, ffn + heads * HEAD_DIM);
+        let words: Vec<u32> =
+            positions.iter().enumerate().flat_map(|(i, &at)| [0, at as u32, i as u32, i as u32]).collect();
+        let words = DevBuf::from_host(stream, "tokens", &words).unwrap();
+        let mut cache = ops::LayerCache::new(stream, m, CONTEXT).unwrap();
+        let cached = Random::new(3).halves(m * CONTEXT * HEAD_DIM, 1.0);
+        cache.k.upload(stream, 0, &cached).unwrap();
+        cache.v.upload(stream, 0, &cached).unwrap();
+        let mut scratch = AttnScratch::new(stream, heads, CONTEXT, m).unwrap();
+        let (mut qkv, mut x) = (nan16(stream, m * qkv_size), nan16(stream, m * wide));
+        let mut sums: Vec<_> = inputs.iter().map(|_| nan32(stream, self.slices * m * hidden)).collect();
+        for (input, sums) in inputs.iter().zip(&mut sums) {
+            let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
+            let (split_row, gelu_stride) = (qkv_size, wide);
+            let output =
+                MatmulOutput::Split { out: &mut qkv, gelu_out: &mut x, gelu_stride, split_row, bias: None };
+            ops::gptq_matmul(stream, MatmulKernel::Batch, &self.up, 0..self.up.n, a, 1, output).unwrap();
+            let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
+            let tokens = StepTokens::list(&words, m);
+            ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
+            let attention = awaited.then_some((&scratch, ffn));
+            let (a, output) =
+                (Activations { x: &x, stride: wide, tokens: m, attention }, MatmulOutput::Partials(sums));
+            ops::gptq_matmul(stream, MatmulKernel::Batch, &self.down, 0..hidden, a, self.slices, output)
+                .unwrap();
+        }
+        let all = |sums: &DevBuf<f32>| sums.download(stream, 0, sums.len()).unwrap();
+        sums.iter().map(|sums| all(sums).iter().map(|v| v.to_bits()).collect()).collect()
+    }
+}
+
+/// The sums are those of a product that waits for all of attention, time after time: with the 7B's shapes, where attention's inputs are
+/// one slice, where they begin within a slice, and with one slice for all.
+#[test]
+fn gptq_batch_awaits_attention() {
+    let Some((_, stream)) = gpu() else { return };
+    for (heads, ffn, slices) in [(71, 18176, 5), (5, 1280, 5), (5, 1216, 4), (3, 320, 1)] {
+        let layer = Layer::new(&stream, heads, ffn, slices);
+        for (m, position) in [(9, 0), (16, 130), (33, 600), (64, 2047), (64, 100)] {
+            let positions: Vec<usize> = (0..m).map(|i| position - (i % 5 * 31).min(position)).collect();
+            let inputs: Vec<_> = (0..12)
+                .map(|i| {
+                    let values = Random::new(100 + i).halves(m * heads * HEAD_DIM, 1.0);
+                    DevBuf::from_host(&stream, "x", &values).unwrap()
+                })
+                .collect();
+            let want = layer.run(&stream, &inputs, &positions, false);
+            assert!(want.iter().flatten().all(|&bits| f32::from_bits(bits).is_finite()));
+            assert!(want.windows(2).all(|two| two[0] != two[1]), "inputs differ, sums do not");
+            for run in 0..3 {
+                let got = layer.run(&stream, &inputs, &positions, true);
+                let differ = got.iter().zip(&want).position(|(got, want)| got != want);
+                assert!(
+                    differ.is_none(),
+                    "heads {heads} m {m} at {position}, run {run}: sums {differ:?} differ"
+                );
+            }
+        }
+    }
+}
