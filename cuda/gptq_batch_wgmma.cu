@@ -22,7 +22,9 @@
 //          an attention that has six one-warp blocks an SM and prefetches keys (not today's): 1.71, 1.94, 2.30.
 //          With Behind and EARLY_FLIGHT, in turns with what was before, whole steps without sampling in a harness, two runs: at context
 //          128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79, 2.06 to 2.08 where
-//          it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %.
+//          it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %. The whole program,
+//          `peregrine bench -p 0 -n 48 -d 128 -b 16,32,64`: 1.535, 1.795 ms where it was 1.717, 1.926; 64 texts 2.45 where 2.34, with the
+//          clock down to 1455 and 1665 MHz: not decided.
 //          A layer at 16 texts, us: [qkv ; up] 19 to 21 from inputs to stores, 2 to `down`'s inputs, 18 to 20, norm 4 to 5; attention done
 //          5 after [qkv ; up], beside `down`.
 // Short    not at the speed of memory: from the predecessor's end to the sums a product takes 16 us at 16 tokens, though two fifths of its
