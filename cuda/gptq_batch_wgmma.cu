@@ -26,7 +26,8 @@
 //          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
 //          With Behind and EARLY_FLIGHT, before stages of activations were unrolled, whole steps without sampling in a harness, in turns,
 //          two runs: at context 128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79,
-//          2.06 to 2.08 where it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %.
+//          2.06 to 2.08 where it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %. The
+//          whole program, `peregrine bench -p 0 -n 48 -d 128 -b 16,32`: 1.535, 1.795 ms where it was 1.717, 1.926.
 //          A layer at 16 texts, us: [qkv ; up] 19 to 21 from inputs to stores, 2 to `down`'s inputs, 18 to 20, norm 4 to 5; attention done
 //          5 after [qkv ; up], beside `down`.
 // Short    not at the speed of memory: what a warp issues adds to what the tensor cores take, instead of hiding behind it. Of a unit of 12
