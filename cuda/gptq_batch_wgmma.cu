@@ -35,7 +35,8 @@
 //          by products of scales and sums of inputs, which the warp that fetches activations made by mma.sync: 19.5, 26.0, 48.8 where it
 //          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns). Error 1.3e-6 (3.6e-6 with zero points). The same with the sums from a row
 //          tile of ones, the block's twelfth, which costs no product more: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64 tokens, one
-//          chain at a time from 16 on (39.7, 49.1 with two), where this kernel takes 34.0, 36.9, 40.9, 54.1. Codes one unit ahead, not two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
+//          chain at a time from 16 on (39.7, 49.1 with two), where this kernel takes 34.0, 36.9, 40.9, 54.1. Codes one unit ahead, not
+//          two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
 //          without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1. Zeros for the row tiles that a block does not have: no
 //          difference. Constant weights instead of random ones: 1 to 4 % less.
 // Spills   8 bytes, 72 tokens with two scales a unit.
