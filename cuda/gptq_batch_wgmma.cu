@@ -22,7 +22,7 @@
 //              tokens       5              8              16             32             64             72
 //              pair, us     34.0 (37.6)    34.1 (37.6)    37.1 (37.9)    40.7 (43.1)    51.9 (52.6)    54.2
 //              step, ms     1.564 (1.691)  1.585 (1.709)  1.688 (1.726)  1.904 (1.975)  2.306 (2.305)
-//          On four runs the pair took 37 to 39, 41 to 43, 52 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
+//          On six runs the pair took 38 to 39, 43 to 44, 53 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
 //          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
 //          With Behind and EARLY_FLIGHT, before stages of activations were unrolled, whole steps without sampling in a harness, in turns,
 //          two runs: at context 128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79,
@@ -43,8 +43,10 @@
 //          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
 //          Codes as subnormals straight from masks (20 instructions), a chain a unit, scaled by f32 multiply-adds, zero points taken off
 //          by products of scales and sums of inputs, which the warp that fetches activations made by mma.sync: 19.5, 26.0, 48.8 where it
-//          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns): mma.sync waits for every wgmma of the others in front of it. Error 1.3e-6
-//          (3.6e-6 with zero points). Codes one unit ahead, not two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
+//          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns). Error 1.3e-6 (3.6e-6 with zero points). The same with the sums from a row
+//          tile of ones, the block's twelfth, which costs no product more: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64 tokens, one
+//          chain at a time from 16 on (39.7, 49.1 with two), where this kernel takes 34.0, 36.9, 40.9, 54.1. Codes one unit ahead, not
+//          two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
 //          without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1. Zeros for the row tiles that a block does not have: no
 //          difference. Constant weights instead of random ones: 1 to 4 % less.
 //          EARLY_FLIGHT 2: steps of 16 texts 1.66 ms where 1 takes 1.60 to 1.62, of 32 1.84 where it takes 1.78 to 1.81. Behind attention,
