@@ -3,7 +3,7 @@
 //   warps 0..11   consumers   multiply; warp w has units 6 w .. 6 w + 5 of each strip. Four of them, a group, share a stage
 //   warp  12      producer    lane g keeps the ring of group g full
 //   warp  13      storer      adds the consumers' sums of a strip and sends them on
-//   warps 14, 15  attention   one item (token, 16 heads, 128 keys) at a time, see attn_decode.cuh
+//   warps 14, 15  attention   one item (token, 16 heads, 128 or 256 keys) at a time, see attn_decode.cuh
 //
 //   ring   stage:  |group 0: 24 units|group 1: 24 units|group 2: 23 units|   a strip: 71 units of 544 bytes, 38.6 KB
 //          DEPTH of these: 193 KB asked for ahead of need, which carries the stream over most waits

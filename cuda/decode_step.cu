@@ -39,6 +39,8 @@
 //           keys and values into L2          before          1.023       1.046      1.196      1.526       1.40        1.86
 //                                            after           1.027       1.044      1.208      1.501       1.37        1.83
 //           all, on a card just started                      1.012       1.027      1.155      1.475       1.37        1.83
+//           items of 256 keys from 1024 on   before          1.023       1.043      1.197      1.507       1.36        1.826
+//                                            after           1.024       1.035      1.187      1.282       1.149       1.606
 // Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
@@ -52,7 +54,7 @@
 //           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
 //           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3
 //           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
-//           Attention, 8 texts at 1024, an item: 4.8 for its rounds, 3.8 to join; a warp has one or two.
+//           Attention, 8 texts at 1024, an item of 128 keys: 4.8 for its rounds, 3.8 to join; a warp had one or two.
 // Tried     (ms a step, 1 token at 128)
 //           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
 //           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
@@ -73,6 +75,7 @@
 //           8 tokens (against 1.19 to 1.21): norms published as bytes, for which their readers have nothing to do but to read: 1.21; the
 //           same with the steps of all warps in one line, for which all poll: 1.25, and 2 tokens 1.13 for 1.04. A pause of 100 ns after
 //           each glance: the same. No glance at slices: 1.28 for 1.25. Lane and thread kept in registers: the same
+//           at most 6 items of a token, 192 to 352 keys: 8 texts at 1900 1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21
 //           attention with a round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at 1900 1.88
 //           for 1.835; the same with 480 bytes spilled: 1.75, 2.34
 //           before bytes (against 1.113):
@@ -90,9 +93,9 @@
 //           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
 //           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
 // Next      Moments applied to sums, so that products begin before the norm is complete; for 8 tokens fewer instructions: 250 a strip and
-//           warp, 550 to take a slice's inputs. For several texts of 1000 tokens and more, attention that joins fewer chunks: its items
-//           come one after the other in two warps a block, while consumers wait.
-// Spills    76 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
+//           warp, 550 to take a slice's inputs. For 8 texts of more than 1600 tokens attention by more than two warps a block: there
+//           they have two items again, and the consumers wait.
+// Spills    56 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
 //           layer's first with one token.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
@@ -153,7 +156,7 @@ __device__ __forceinline__ void for_each_item(const Args& p, const Shared<ZEROS>
 
 // Asks for an item's cached keys and values to come into L2.
 __device__ __forceinline__ void prefetch(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t) {
-    const uint32_t key0 = item.chunk * PEREGRINE_ATTN_CHUNK, end = min(key0 + PEREGRINE_ATTN_CHUNK, t.first_new);
+    const uint32_t keys = attn_keys(t.position), key0 = item.chunk * keys, end = min(key0 + keys, t.first_new);
     if (threadIdx.x % 32 != 0 || key0 >= end) return;
     const size_t first = ((size_t)t.slot * p.max_context + key0) * PEREGRINE_HEAD_DIM;
     const uint32_t bytes = (end - key0) * PEREGRINE_HEAD_DIM * 2;
@@ -264,7 +267,7 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     // What a residual's count and a list of runs can hold.
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
-    if (p->slots == 0 || p->max_context == 0 || attn_chunks(p->max_context - 1) > ATTN_RUNS * 31) return PEREGRINE_BAD_SHAPE;
+    if (p->slots == 0 || p->max_context == 0) return PEREGRINE_BAD_SHAPE;
     const Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
