@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
 
 extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
-        p->out_stride % 8)
+        p->out_stride % 8 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
     const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
     return launch(attn_decode_kernel, grid, WARPS * 32, 0, l, *p);

@@ -1,7 +1,7 @@
 // attn_decode — multi-query attention of a few tokens by single warps: one item is (token, 16 heads, 128 or 256 keys).
 //
-// What a warp needs goes from global memory straight to the registers of mma.m16n8k16; there is no shared memory and no block
-// barrier, so that any warp of any kernel can take an item. Lane l is g = l / 4, q = l % 4. Heads are M: rows g and g + 8 of a lane.
+// What a warp needs goes from global memory straight to the registers of mma.m16n8k16, without shared memory or a block barrier, so that any
+// warp of any kernel can take an item. Lane l is g = l / 4, q = l % 4. Heads are M: rows g and g + 8 of a lane.
 //
 // Q K^T: the dot product may take the 64 dims in any order common to Q and K. A lane reads 16-byte chunks q and q + 4 of a row:
 //
@@ -19,14 +19,13 @@
 // and accumulator c0, c1 (row g), c2, c3 (row g + 8) of tile j are dims 16q + j and 16q + 8 + j: a lane ends with 16 neighbouring
 // dims of two rows.
 //
-// Keys before the slot's first token of this call are in the cache. Those of the call's own tokens come from qkv and are rotated on
-// the way, with the bits `rope` gives them; the item that holds its token's own key appends it. Chunks are counted from position
-// 0, rounds are 32 keys: a token's result depends on its own context only, not on who is in the call with it.
+// Keys before the slot's first token of this call are in the cache. Those of the call's own tokens come from qkv and are rotated on the
+// way, with the bits `rope` gives them; the item that holds its token's own key appends it. Chunks are counted from position 0, rounds are
+// 32 keys: a token's result depends on its own context only.
 //
-// An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in
-// chunk order: at 2048 tokens there are 8. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel that takes
-// items rounds alike.
-// A kernel of 512 threads has 128 registers a thread, and that is what this is cut to.
+// An item alone normalises and stores. Of several, each leaves its state in `partials`, and the last to arrive merges all in chunk order,
+// more than 8 of them (beyond 2048 tokens) in runs. Products that feed a sum are spelled out (__fmul_rn, __fmaf_rn), so that every kernel
+// that takes items rounds alike. A kernel of 512 threads has 128 registers a thread, and that is what this is cut to.
 #pragma once
 #include "attn.cuh"
 #include "rope.cuh"
@@ -34,6 +33,8 @@
 constexpr uint32_t ATTN_ROWS = 16;             // heads of an item
 constexpr uint32_t ATTN_ROUND = 32;            // keys of a round
 constexpr uint32_t ATTN_LONG = 1024;           // positions from here on have longer items
+constexpr uint32_t ATTN_FLAT = 8;              // chunks that are merged at once
+constexpr uint32_t ATTN_RUNS = 4;              // runs that more chunks are merged in, of at most 31
 constexpr uint32_t ATTN_STATE_QUADS = 9;       // float4 of a lane's state
 constexpr uint32_t ATTN_STATE_FLOATS = 32 * 4 * ATTN_STATE_QUADS;
 
@@ -41,10 +42,8 @@ struct AttnItem {
     uint32_t token, head_tile, chunk;
 };
 
-// What a call's token says to attention, clamped to what there is.
-struct AttnToken {
-    uint32_t position;
-    uint32_t slot;
+struct AttnToken {  // what a call's token says to attention, clamped to what there is
+    uint32_t position, slot;
     uint32_t first_new;  // position of the slot's first token in this call: keys from here on are in qkv, not in the cache
 };
 
@@ -60,8 +59,7 @@ __device__ __forceinline__ AttnToken attn_token(const AttnDecodeParams& p, uint3
 __device__ __forceinline__ uint32_t attn_first(uint32_t m, const AttnToken& t) { return m - (t.position - t.first_new); }
 
 __host__ __device__ __forceinline__ uint32_t attn_head_tiles(uint32_t heads) { return (heads + ATTN_ROWS - 1) / ATTN_ROWS; }
-// Keys of an item of a token at `position`, which alone decides, whoever else is in the call. Long contexts have fewer and longer items:
-// with several texts a warp takes one after the other, and each has to be joined.
+// Keys of an item of a token at `position`, which alone decides. Long contexts have fewer items: each has to be joined.
 __host__ __device__ __forceinline__ uint32_t attn_keys(uint32_t position) { return PEREGRINE_ATTN_CHUNK * (position < ATTN_LONG ? 1 : 2); }
 // Chunks of such a token: its items are head tiles x chunks. And the most of any in so long a context.
 __host__ __device__ __forceinline__ uint32_t attn_chunks(uint32_t position) { return position / attn_keys(position) + 1; }
@@ -69,8 +67,7 @@ __host__ __device__ __forceinline__ uint32_t attn_most_chunks(uint32_t max_conte
 
 // The words of a lane of one row, of chunks q and q + 4.
 __device__ __forceinline__ void words_of(uint32_t w[8], const uint4& low, const uint4& high) {
-    w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w;
-    w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
+    w[0] = low.x, w[1] = low.y, w[2] = low.z, w[3] = low.w, w[4] = high.x, w[5] = high.y, w[6] = high.z, w[7] = high.w;
 }
 
 // Cosines and sines of a lane's eight pairs at a position.
@@ -191,8 +188,8 @@ __device__ __forceinline__ void add_values(AttnState& state, const uint32_t a[4]
     }
 }
 
-// 32 keys that are all cached. `k` holds them, and afterwards those at `next`. The fence is there for the compiler, which would else ask
-// for the next keys while all values are still under way, and run out of registers.
+// 32 keys that are all cached. `k` holds them, and afterwards those at `next`. The fence is for the compiler, which would else ask for the
+// next keys while all values are still under way, and run out of registers.
 template <typename Fetch>
 __device__ __forceinline__ void attend_cached(AttnState& state, const uint32_t query[4][4], uint32_t k[4][8],
                                               const AttnContext<Fetch>& context, uint32_t key0, uint32_t next) {
@@ -311,9 +308,9 @@ __device__ __forceinline__ void merge(AttnState& state, const AttnQuads& other) 
 }
 
 // Counts up and gives what was there; what this warp wrote before is seen by whoever finds it counted.
-__device__ __forceinline__ uint32_t arrive(uint32_t* word) {
+__device__ __forceinline__ uint32_t arrive(uint32_t* word, uint32_t amount) {
     uint32_t before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(word) : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(amount) : "memory");
     return before;
 }
 
@@ -323,36 +320,52 @@ __device__ __forceinline__ void store_state(float4* to, const AttnState& state) 
     to[8 * 32] = make_float4(state.sum[0], state.sum[1], state.top[0], state.top[1]);
 }
 
-// Merges `count` states in order. Two are under way: one's latency is the cost of a merge.
-__device__ __forceinline__ void merge_states(AttnState& state, const float4* from, uint32_t count) {
+// Merges `count` states, `stride` chunks apart, in order. Two are under way: one's latency is the cost of a merge.
+__device__ __forceinline__ void merge_states(AttnState& state, const float4* from, uint32_t count, uint32_t stride) {
     constexpr uint32_t quads = ATTN_STATE_FLOATS / 4;
     clear(state);
     AttnQuads even, odd;
     load_quads(even, from);
 #pragma unroll 1
     for (uint32_t i = 1; i < count; i += 2) {
-        load_quads(odd, from + i * quads);
+        load_quads(odd, from + i * stride * quads);
         merge(state, even);
-        load_quads(even, from + min(i + 1, count - 1) * quads);  // behind the last: any that is there
+        load_quads(even, from + min(i + 1, count - 1) * stride * quads);  // behind the last: any that is there
         merge(state, odd);
     }
     if (count % 2) merge(state, even);
 }
 
-// Leaves the item's state for whoever arrives last. True, for all lanes, for that one, whose state then is the whole token's.
+// Counts one arrival in a field of the group's word; true, for all lanes, if it is the last of `wanted`.
+__device__ __forceinline__ bool arrive_last(uint32_t* word, uint32_t shift, uint32_t mask, uint32_t wanted) {
+    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
+    __syncwarp();
+    uint32_t before = 0;
+    if (threadIdx.x % 32 == 0) before = arrive(word, 1u << shift);
+    __syncwarp();
+    return (__shfl_sync(~0u, before, 0) >> shift & mask) == wanted - 1;
+}
+
+// Leaves the item's state for whoever arrives last. True for that one, whose state then is the token's. Many chunks are merged in ATTN_RUNS
+// runs side by side, and then those: one warp would need a round trip for every two.
 __device__ __forceinline__ bool join_chunks(AttnState& state, const AttnDecodeParams& p, const AttnItem& item, uint32_t chunks) {
     const uint32_t group = item.token * attn_head_tiles(p.heads) + item.head_tile;
     float4* partials = reinterpret_cast<float4*>(p.partials + (size_t)group * attn_most_chunks(p.max_context) * ATTN_STATE_FLOATS) +
                        threadIdx.x % 32;
+    const uint32_t run = chunks <= ATTN_FLAT ? 1 : (chunks + ATTN_RUNS - 1) / ATTN_RUNS;
+    uint32_t* word = p.arrivals + group;  // five bits for each run, then a count of runs
     store_state(partials + item.chunk * (ATTN_STATE_FLOATS / 4), state);
-    // The lanes' states are visible before the arrival is, and the others' are read after theirs.
-    __syncwarp();
-    uint32_t before = 0;
-    if (threadIdx.x % 32 == 0) before = arrive(p.arrivals + group);
-    __syncwarp();
-    if (__shfl_sync(~0u, before, 0) != chunks - 1) return false;
-    if (threadIdx.x % 32 == 0) p.arrivals[group] = 0;
-    merge_states(state, partials, chunks);
+    if (run > 1) {
+        const uint32_t index = item.chunk / run, first = index * run, count = min(run, chunks - first);
+        if (!arrive_last(word, 5 * index, 31, count)) return false;
+        float4* own = partials + first * (ATTN_STATE_FLOATS / 4);
+        merge_states(state, own, count, 1);
+        store_state(own, state);
+    }
+    const uint32_t runs = (chunks + run - 1) / run;
+    if (!arrive_last(word, 5 * ATTN_RUNS, ~0u, runs)) return false;
+    if (threadIdx.x % 32 == 0) *word = 0;
+    merge_states(state, partials, runs, run);
     return true;
 }
 

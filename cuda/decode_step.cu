@@ -76,6 +76,8 @@
 //           same with the steps of all warps in one line, for which all poll: 1.25, and 2 tokens 1.13 for 1.04. A pause of 100 ns after
 //           each glance: the same. No glance at slices: 1.28 for 1.25. Lane and thread kept in registers: the same
 //           at most 6 items of a token, 192 to 352 keys: 8 texts at 1900 1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21
+//           192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60 for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900 1.68
+//           for 1.61, where the compiler reloads a spilled register in every round
 //           attention with a round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at 1900 1.88
 //           for 1.835; the same with 480 bytes spilled: 1.75, 2.34
 //           before bytes (against 1.113):
@@ -95,7 +97,7 @@
 // Next      Moments applied to sums, so that products begin before the norm is complete; for 8 tokens fewer instructions: 250 a strip and
 //           warp, 550 to take a slice's inputs. For 8 texts of more than 1600 tokens attention by more than two warps a block: there
 //           they have two items again, and the consumers wait.
-// Spills    56 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
+// Spills    76 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
 //           layer's first with one token.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
@@ -267,7 +269,7 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     // What a residual's count and a list of runs can hold.
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
-    if (p->slots == 0 || p->max_context == 0) return PEREGRINE_BAD_SHAPE;
+    if (p->slots == 0 || p->max_context == 0 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31) return PEREGRINE_BAD_SHAPE;
     const Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
