@@ -1,7 +1,7 @@
 // attn_decode — multi-query attention of a few tokens by single warps: one item is (token, 16 heads, 128 or 256 keys).
 //
-// What a warp needs goes from global memory straight to the registers of mma.m16n8k16, without shared memory or a block barrier, so that any
-// warp of any kernel can take an item. Lane l is g = l / 4, q = l % 4. Heads are M: rows g and g + 8 of a lane.
+// What a warp needs goes from global memory straight to the registers of mma.m16n8k16, without shared memory or a block barrier, so that
+// any warp of any kernel can take an item. Lane l is g = l / 4, q = l % 4. Heads are M: rows g and g + 8 of a lane.
 //
 // Q K^T: the dot product may take the 64 dims in any order common to Q and K. A lane reads 16-byte chunks q and q + 4 of a row:
 //

@@ -76,8 +76,8 @@
 //           same with the steps of all warps in one line, for which all poll: 1.25, and 2 tokens 1.13 for 1.04. A pause of 100 ns after
 //           each glance: the same. No glance at slices: 1.28 for 1.25. Lane and thread kept in registers: the same
 //           at most 6 items of a token, 192 to 352 keys: 8 texts at 1900 1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21
-//           192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60 for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900 1.68
-//           for 1.61, where the compiler reloads a spilled register in every round
+//           192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60 for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900
+//           1.68 for 1.61, where the compiler reloads a spilled register in every round
 //           attention with a round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at 1900 1.88
 //           for 1.835; the same with 480 bytes spilled: 1.75, 2.34
 //           before bytes (against 1.113):
