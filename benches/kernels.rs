@@ -2,7 +2,7 @@
 //!
 //! The calls and the timing are those of `peregrine lab bench`: cold and warm, medians with the 10th and the 90th percentile, the
 //! floor's share of the cold time, and the ceilings measured first. Only here are ops that the lab has no call for: `sample`,
-//! `decode_step`, and `attn_decode` of several texts.
+//! `decode_step`, `attn_decode` of several texts; and a layer's products for all sizes of prompts (`products`).
 #![allow(missing_docs)]
 
 #[cfg(not(feature = "cuda"))]
@@ -47,8 +47,12 @@ mod cuda {
 
     /// A function that times an op.
     type Own = fn(&mut Bench<'_>) -> Result<()>;
-    const OWN: [(&str, Own); 3] =
-        [("attn_decode of several texts", attention), ("sample", sample), ("decode_step", decode_step)];
+    const OWN: [(&str, Own); 4] = [
+        ("attn_decode of several texts", attention),
+        ("sample", sample),
+        ("decode_step", decode_step),
+        ("products of a layer", products),
+    ];
 
     pub(super) fn bench(part: &str) -> Result<()> {
         let wanted = |op: &str| op.contains(part);
@@ -126,6 +130,63 @@ mod cuda {
         Ok(())
     }
 
+    /// `[qkv ; up]` and `[down | dense]`.
+    fn products_of_layer(s: &Stream, random: &mut Random) -> Result<(Int4Matrix, Int4Matrix)> {
+        let mut matrix = |n: usize, k: usize| {
+            let quantised = Quantised::new(random, n, k, G64);
+            kit::repack(s, n, k, &[(&quantised, 0, 0)])
+        };
+        Ok((matrix(HIDDEN + 128 + FFN, HIDDEN)?, matrix(HIDDEN, FFN + HIDDEN)?))
+    }
+
+    /// A prompt's two products of a layer, one behind the other, for numbers of tokens of all sizes; two layers' weights take turns, which
+    /// are more than an L2. Beside them what a layer may take: 1.35 times what is longer, the weights at 4.70 TB/s or the operations at
+    /// 700 TFLOP/s, and 10 us.
+    fn products(b: &mut Bench<'_>) -> Result<()> {
+        const TOKENS: [usize; 35] = [
+            1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 32, 33, 48, 49, 63, 64, 65, 66, 71, 72, 73, 80, 96, 128, 129,
+            192, 255, 256, 257, 384, 512, 1000, 1024, 2047, 2048,
+        ];
+        const PAIRS: usize = 8;
+        let (s, wide, qkv) = (b.stream, FFN + HIDDEN, HIDDEN + 128);
+        let mut random = Random::new(7);
+        let layers = [products_of_layer(s, &mut random)?, products_of_layer(s, &mut random)?];
+        let most = TOKENS[TOKENS.len() - 1];
+        let normed = DevBuf::from_host(s, "normed", &random.halves(most * HIDDEN, 1.0))?;
+        let input = DevBuf::from_host(s, "input", &random.halves(most * wide, 1.0))?;
+        let mut out = DevBuf::<u16>::zeros(s, "out", most * qkv)?;
+        let mut gelu = DevBuf::<u16>::zeros(s, "gelu", most * wide)?;
+        let mut sums = DevBuf::<f32>::zeros(s, "sums", ops::slices(wide) * most * HIDDEN)?;
+        println!("{:<44} {:>24} {:>8}", "a layer's products, us", "median (10 - 90 %)", "may take");
+        for m in TOKENS {
+            let kernel = MatmulKernel::of_prompt(m);
+            let mut turn = 0;
+            let mut pair = |s: &Stream| {
+                turn += 1;
+                let (up, down) = &layers[turn % 2];
+                let x = |x, stride| Activations { x, stride, tokens: m, attention: None };
+                let (out, gelu_out) = (&mut out, &mut gelu);
+                let split =
+                    MatmulOutput::Split { out, gelu_out, gelu_stride: wide, split_row: qkv, bias: None };
+                ops::gptq_matmul(s, kernel, up, 0..up.n, x(&normed, HIDDEN), 1, split)?;
+                let (slices, output) = if kernel == MatmulKernel::Gemm {
+                    (1, MatmulOutput::Residual { x: &mut sums, bias: None })
+                } else {
+                    (ops::slices(wide), MatmulOutput::Partials(&mut sums))
+                };
+                ops::gptq_matmul(s, kernel, down, 0..down.n, x(&input, wide), slices, output)
+            };
+            b.timer.batch(&mut pair, PAIRS, false)?;
+            let times = (0..time::BATCHES).map(|_| b.timer.batch(&mut pair, PAIRS, false));
+            let times = times.collect::<Result<Vec<_>>>()?;
+            let bytes = (layers[0].0.units.bytes() + layers[0].1.units.bytes()) as f64;
+            let flop = (2 * m * (qkv + FFN + wide) * HIDDEN) as f64;
+            let most = 1.35e6 * (bytes / 4.70e12).max(flop / 700e12) + 10.0;
+            println!("{:<44} {:>24} {most:>8.1}", format!("{m} tokens by {kernel:?}"), time::spread(&times));
+        }
+        Ok(())
+    }
+
     /// All 32 layers; of the products' weights two sets take turns, which are more than an L2.
     fn decode_step(b: &mut Bench<'_>) -> Result<()> {
         let s = b.stream;
@@ -135,12 +196,7 @@ mod cuda {
             return Ok(());
         }
         let mut random = Random::new(7);
-        let mut matrix = |n: usize, k: usize| {
-            let quantised = Quantised::new(&mut random, n, k, G64);
-            kit::repack(s, n, k, &[(&quantised, 0, 0)])
-        };
-        let mut set = || Ok((matrix(HIDDEN + 128 + FFN, HIDDEN)?, matrix(HIDDEN, FFN + HIDDEN)?));
-        let sets = [set()?, set()?];
+        let sets = [products_of_layer(s, &mut random)?, products_of_layer(s, &mut random)?];
         let table = kit::table(s, VOCAB, HIDDEN)?.1;
         let norm = Norm {
             weight: DevBuf::from_host(s, "weight", &[1.0; HIDDEN])?,

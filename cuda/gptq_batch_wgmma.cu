@@ -6,7 +6,7 @@
 //          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it. A slice of a row is one chain of the tensor core, whose
 //          f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
-// Columns  8, 16, 32, 64 or 72 tokens.
+// Columns  8, 16, 32, 48, 64 or 72 tokens.
 // Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
 //          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
 //          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the
@@ -24,6 +24,7 @@
 //              step, ms     1.564 (1.691)  1.585 (1.709)  1.688 (1.726)  1.904 (1.975)  2.306 (2.305)
 //          On six runs the pair took 38 to 39, 43 to 44, 53 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
 //          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
+//          48 columns, hot GPU, `cargo bench --bench kernels products`: 49 to 52 us at 33 to 48 tokens, where 64 columns took 52 to 54.
 //          With Behind and EARLY_FLIGHT, before stages of activations were unrolled, whole steps without sampling in a harness, in turns,
 //          two runs: at context 128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79,
 //          2.06 to 2.08 where it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %. The
@@ -324,6 +325,7 @@ int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multipro
     if (p->tokens <= 8) return run<BatchShape<SCALES, ZEROS, 8>>(p, l, multiprocessors);
     if (p->tokens <= 16) return run<BatchShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
     if (p->tokens <= 32) return run<BatchShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
+    if (p->tokens <= 48) return run<BatchShape<SCALES, ZEROS, 48>>(p, l, multiprocessors);
     if (p->tokens <= 64) return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
     static_assert(PEREGRINE_BATCH_TOKENS == 72, "the widest");
     return run<BatchShape<SCALES, ZEROS, 72>>(p, l, multiprocessors);

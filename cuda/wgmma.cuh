@@ -43,6 +43,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define WGMMA_D4 "%0,%1,%2,%3"
 #define WGMMA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define WGMMA_D16 WGMMA_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define WGMMA_D24 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define WGMMA_D32 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define WGMMA_D36 WGMMA_D32 ",%32,%33,%34,%35"
 #define WGMMA_D40 WGMMA_D32 ",%32,%33,%34,%35,%36,%37,%38,%39"
@@ -59,6 +60,7 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 WGMMA_OP(8, WGMMA_D4, "%4,%5,%6,%7", "%8", "%9", WGMMA_4(0))
 WGMMA_OP(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_8(0))
 WGMMA_OP(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
+WGMMA_OP(48, WGMMA_D24, "%24,%25,%26,%27", "%28", "%29", WGMMA_16(0), WGMMA_8(4))
 WGMMA_OP(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_32(0))
 WGMMA_OP(72, WGMMA_D36, "%36,%37,%38,%39", "%40", "%41", WGMMA_32(0), WGMMA_4(8))
 WGMMA_OP(80, WGMMA_D40, "%40,%41,%42,%43", "%44", "%45", WGMMA_32(0), WGMMA_8(8))

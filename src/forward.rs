@@ -13,8 +13,8 @@
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::ops::{
-    self, Activations, AttnOutput, BATCH_TOKENS, DecodeLayer, DecodeModel, DecodeScratch, GEMV_TOKENS,
-    MatmulKernel, MatmulOutput, PendingSum, StepTokens,
+    self, Activations, AttnOutput, DecodeLayer, DecodeModel, DecodeScratch, GEMV_TOKENS, MatmulKernel,
+    MatmulOutput, PendingSum, StepTokens,
 };
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
@@ -24,9 +24,6 @@ use crate::weights::{Layer, Weights};
 /// Up to this many tokens the layer's last product begins before attention has ended. Attention of more fills the GPU, and a product's blocks
 /// beside it delay both.
 const AWAITING_TOKENS: usize = 32;
-
-/// A prompt of 5 to 8 tokens goes to `gptq_batch` too: on an H200 34 us for a layer's products, where `gptq_gemv` takes 51 for 8.
-const PROMPT_GEMV_TOKENS: usize = 4;
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
 pub(crate) struct Pass<'a> {
@@ -122,11 +119,12 @@ impl Pass<'_> {
 
     /// A step's sequences have the same bits whatever steps beside them, so up to 8 stay with one kernel; a prompt takes the faster.
     fn kernel(&self, tokens: Tokens) -> MatmulKernel {
-        let few = if matches!(tokens, Tokens::Step(_)) { GEMV_TOKENS } else { PROMPT_GEMV_TOKENS };
-        match tokens.count() {
-            m if m <= few && self.gemv_works => MatmulKernel::Gemv,
-            m if m <= BATCH_TOKENS => MatmulKernel::Batch,
-            _ => MatmulKernel::Gemm,
+        match tokens {
+            Tokens::Step(m) if m <= GEMV_TOKENS && self.gemv_works => MatmulKernel::Gemv,
+            _ => match MatmulKernel::of_prompt(tokens.count()) {
+                MatmulKernel::Gemv if !self.gemv_works => MatmulKernel::Batch,
+                kernel => kernel,
+            },
         }
     }
 

@@ -111,7 +111,8 @@ impl<'a> Timer<'a> {
 }
 
 /// `12.34 (12.20 - 12.60)`: median, and the 10th and the 90th percentile.
-fn spread(us: &[f64]) -> String {
+#[must_use]
+pub fn spread(us: &[f64]) -> String {
     let [low, median, high] = [0.1, 0.5, 0.9].map(|q| stats::quantile(us, q));
     format!("{median:.2} ({low:.2} - {high:.2})")
 }

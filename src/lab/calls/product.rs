@@ -89,7 +89,7 @@ fn shapes(kernel: MatmulKernel, timing: bool) -> Vec<Shape> {
     }
     let (edges, real): (&[usize], &[usize]) = match kernel {
         MatmulKernel::Gemv => (&[1, 2, 7, 8], &[1, 8]),
-        MatmulKernel::Batch => (&[1, 8, 9, 17, 33, 63, 64, 65, 72], &[9]),
+        MatmulKernel::Batch => (&[1, 8, 9, 17, 33, 49, 63, 64, 65, 72], &[9]),
         MatmulKernel::Gemm => (&[1, 63, 64, 65, 129], &[65]),
     };
     let mut shapes = Vec::new();
