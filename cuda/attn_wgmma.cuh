@@ -114,15 +114,6 @@ struct AttnMemory {
     __device__ __forceinline__ uint32_t v_tile(uint32_t stage) const { return k_tile(stage) + Shape::K_BYTES; }
 };
 
-// Position in the ring of stages.
-template <int STAGES>
-struct Ring {
-    uint32_t stage = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
-
 // The warpgroup that loads. What it wrote is for the tensor cores to read, so each thread waits for its own copies, fences, and then
 // arrives: it does so for a stage when the next one has been asked for.
 template <typename Shape>
@@ -136,7 +127,7 @@ __device__ __forceinline__ void attn_load(const AttnPrefillParams& p, const Attn
         if (q_due) barrier_arrive(q_due);
         if (stage_due) barrier_arrive(stage_due);
     };
-    Ring<Shape::STAGES> ring;
+    Place<Shape::STAGES> place;
     RowTile tile;
     for (uint32_t turn = 0; row_tile<Shape>(tile, turn, p, position); turn++) {
         const uint32_t half = turn % 2;
@@ -150,21 +141,21 @@ __device__ __forceinline__ void attn_load(const AttnPrefillParams& p, const Attn
             cp_async(at.q + half * Shape::Q_BYTES + r * 128 + (j ^ (r % 8)) * 16, p.qkv + from, valid);
         }
         for (uint32_t t = 0; t < tile.key_tiles; t++) {
-            barrier_wait(at.empty + ring.stage, ring.parity ^ 1);
+            barrier_wait(at.empty + place.slot, place.parity ^ 1);
 #pragma unroll 4
             for (uint32_t c = thread; c < Shape::KEYS * 8; c += 128) {
                 const uint32_t r = c / 8, j = c % 8, key = t * Shape::KEYS + r;
                 const bool valid = key < tile.length;
                 const size_t from = (size_t)(valid ? key : 0) * HEAD_DIM + j * 8;
                 const uint32_t to = r * 128 + (j ^ (r % 8)) * 16;
-                cp_async(at.k_tile(ring.stage) + to, k_cache + from, valid);
-                cp_async(at.v_tile(ring.stage) + to, v_cache + from, valid);
+                cp_async(at.k_tile(place.slot) + to, k_cache + from, valid);
+                cp_async(at.v_tile(place.slot) + to, v_cache + from, valid);
             }
             cp_async_commit();
             cp_async_wait<1>();
             signal();
-            q_due = t == 0 ? at.q_full + half : nullptr, stage_due = at.full + ring.stage;
-            ring.next();
+            q_due = t == 0 ? at.q_full + half : nullptr, stage_due = at.full + place.slot;
+            place.advance();
         }
     }
     cp_async_wait<0>();
@@ -220,7 +211,7 @@ __device__ __forceinline__ void attn_compute(const AttnPrefillParams& p, const A
     auto arrive = [&](uint64_t* barrier) {
         if (lane == 0) barrier_arrive(barrier);
     };
-    Ring<Shape::STAGES> ring;
+    Place<Shape::STAGES> place;
     RowTile tile;
     for (uint32_t turn = 0; row_tile<Shape>(tile, turn, p, position); turn++) {
         const uint32_t row[2] = {tile.first + group * 64 + warp * 16 + lane / 4, tile.first + group * 64 + warp * 16 + lane / 4 + 8};
@@ -233,7 +224,7 @@ __device__ __forceinline__ void attn_compute(const AttnPrefillParams& p, const A
         for (int i = 0; i < 32; i++) out[i] = 0.f;
         auto scores = [&] {
 #pragma unroll
-            for (int s = 0; s < 4; s++) wgmma_scores(score, q + 4 * s, tile_descriptor(at.k_tile(ring.stage)) + s * 2, s > 0);
+            for (int s = 0; s < 4; s++) wgmma_scores(score, q + 4 * s, tile_descriptor(at.k_tile(place.slot)) + s * 2, s > 0);
         };
         auto values = [&](uint32_t stage) {
 #pragma unroll
@@ -250,7 +241,7 @@ __device__ __forceinline__ void attn_compute(const AttnPrefillParams& p, const A
 #pragma unroll
         for (int s = 0; s < 4; s++) ldmatrix(q + 4 * s, q_row + ((2 * s + lane / 16) ^ (lane % 8)) * 16);
         arrive(at.q_empty + turn % 2);
-        barrier_wait(at.full + ring.stage, ring.parity);
+        barrier_wait(at.full + place.slot, place.parity);
         await_turn();
         wgmma_fence();
         scores();
@@ -259,9 +250,9 @@ __device__ __forceinline__ void attn_compute(const AttnPrefillParams& p, const A
         softmax.step(score, shrink, 0, sure, last);
         to_weights();
         for (uint32_t t = 1; t < tile.key_tiles; t++) {
-            const uint32_t before = ring.stage;
-            ring.next();
-            barrier_wait(at.full + ring.stage, ring.parity);
+            const uint32_t before = place.slot;
+            place.advance();
+            barrier_wait(at.full + place.slot, place.parity);
             await_turn();
             wgmma_fence();
             scores();
@@ -278,10 +269,10 @@ __device__ __forceinline__ void attn_compute(const AttnPrefillParams& p, const A
             to_weights();
         }
         wgmma_fence();
-        values(ring.stage);
+        values(place.slot);
         wgmma_wait_all(), arrived(out);
-        arrive(at.empty + ring.stage);
-        ring.next();
+        arrive(at.empty + place.slot);
+        place.advance();
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float scale = 1.f / row_sum(softmax.sum[r]);

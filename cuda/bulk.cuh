@@ -60,3 +60,12 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
 }
+
+// A place in a ring of COUNT stages with a barrier for full and one for empty each: the parity of its use.
+template <int COUNT>
+struct Place {
+    uint32_t slot = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++slot == COUNT) slot = 0, parity ^= 1;
+    }
+};

@@ -63,22 +63,22 @@ struct Storer {
     // The outputs of a tile of [qkv ; up] as pairs of neighbouring rows. Of two lanes, which have such rows, each takes half of the pairs.
     __device__ __forceinline__ void store_pairs(uint32_t layer, uint32_t tile, const float (&sum)[ROWS], bool active) const {
         const bool odd = row() % 2;
-        if (ROWS == 1) {
+        if constexpr (ROWS == 1) {
             const float next = __shfl_down_sync(~0u, sum[0], 1);
             if (active && !odd) store(layer, tile, token(), row(), as_u32(__floats2half2_rn(sum[0], next)));
-            return;
-        }
-        constexpr uint32_t HALF = (ROWS + 1) / 2;
-        uint32_t pairs[HALF];
+        } else {
+            constexpr uint32_t HALF = ROWS / 2;
+            uint32_t pairs[HALF];
 #pragma unroll
-        for (int r = 0; r < HALF; r++) {
-            const float low = sum[r], high = sum[(HALF + r) % ROWS];
-            const float own = odd ? high : low, other = __shfl_xor_sync(~0u, odd ? low : high, 1);
-            pairs[r] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
-        }
+            for (int r = 0; r < HALF; r++) {
+                const float low = sum[r], high = sum[HALF + r];
+                const float own = odd ? high : low, other = __shfl_xor_sync(~0u, odd ? low : high, 1);
+                pairs[r] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
+            }
 #pragma unroll
-        for (int r = 0; r < HALF; r++)
-            if (active) store(layer, tile, token(), row() / 2 * 2 + (odd ? HALF + r : r) * STEP, pairs[r]);
+            for (int r = 0; r < HALF; r++)
+                if (active) store(layer, tile, token(), row() / 2 * 2 + (odd ? HALF + r : r) * STEP, pairs[r]);
+        }
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
     // of it are in the residual that the layer under way began with. The fence: whoever sees what this block writes from here on

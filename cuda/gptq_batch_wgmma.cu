@@ -47,9 +47,8 @@
 //          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns). Error 1.3e-6 (3.6e-6 with zero points). The same with the sums from a row
 //          tile of ones, the block's twelfth, which costs no product more: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64 tokens, one
 //          chain at a time from 16 on (39.7, 49.1 with two), where this kernel takes 34.0, 36.9, 40.9, 54.1. Codes one unit ahead, not
-//          two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead
-//          without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1. Zeros for the row tiles that a block does not have: no
-//          difference. Constant weights instead of random ones: 1 to 4 % less.
+//          two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead without unrolling: 39.1, 48.8, 62.9 where it was 38.5,
+//          43.7, 58.1. Zeros for the row tiles that a block does not have: no difference. Constant weights: 1 to 4 % less.
 //          EARLY_FLIGHT 2: steps of 16 texts 1.66 ms where 1 takes 1.60 to 1.62, of 32 1.84 where it takes 1.78 to 1.81. Behind attention,
 //          26 and 28 blocks instead of 24 and 36: 1.77 where these took 1.70; warps without a row tile that multiply all the same: 1.71
 //          where 1.66. 64 texts that do not wait for attention: 2.32 where those that do take 2.29 at 128, 2.76 where 2.86 at 1024.
@@ -116,15 +115,6 @@ struct BatchParams {
 };
 
 #if PEREGRINE_WGMMA
-
-// A place in a ring of COUNT stages with a barrier for full and one for empty each.
-template <int COUNT>
-struct Place {
-    uint32_t slot = 0, parity = 0;
-    __device__ __forceinline__ void advance() {
-        if (++slot == COUNT) slot = 0, parity ^= 1;
-    }
-};
 
 template <class Shape>
 struct Barriers {

@@ -1,5 +1,5 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; any number of tokens, made for more than 64 (gptq_batch); out_stride and gelu_stride even. On sm_90a
+// Shapes   as gptq_gemv; any number of tokens, made for more than 72 (gptq_batch); out_stride and gelu_stride even. On sm_90a
 //          gptq_gemm_wgmma.cu does the work instead.
 // Reads    W once per 128 tokens, x once per 256 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block of 8 warps a multiprocessor, which stays for the whole product (gemm_plan.cuh). A tile is 256 rows x 128 tokens; a

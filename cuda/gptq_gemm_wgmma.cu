@@ -1,5 +1,5 @@
 // gptq_gemm_wgmma — gptq_gemm on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemm: any number of tokens, made for more than 64; out_stride and gelu_stride multiples of 8.
+// Shapes   as gptq_gemm: any number of tokens, made for more than 72; out_stride and gelu_stride multiples of 8.
 // Reads    W once per tile of tokens, x once per 192 (128) rows, through L2.   Writes see GptqOutput.
 // Mapping  one block a multiprocessor, which stays for the whole product (gemm_plan.cuh). A block's warpgroups multiply 64 rows each by
 //          TOKENS tokens: weights are wgmma's A operand, in registers, unpacked while the tensor cores work on the unit before; a stage's
@@ -7,7 +7,7 @@
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it: one multiplication for two weights instead of 128
 //          f32 multiply-adds a thread and unit. All units of a segment are one chain of the tensor core, whose f32 adds truncate: relative
 //          error 2.5e-5 over 22720 inputs, 4.9e-6 over 4544 (f16 outputs: 2.1e-4, their rounding). Sums of shared tiles are added in order.
-// Tokens   a tile has 72 to 256, of 9 sizes the one whose plan takes the least time; 3 warpgroups up to 160 tokens, then 2, so that sums,
+// Tokens   a tile has 80 to 256, of 8 sizes the one whose plan takes the least time; 3 warpgroups up to 160 tokens, then 2, so that sums,
 //          two units of weights and addresses fit the registers.
 // Shared   a stage: activations [unit][TOKENS][64] f16 with the 128-byte swizzle; then [row tile][unit] as they lie in memory.
 // Store    an f16 tile goes into the last stage, which is filled again when the copy engine has stored the tile: by then the warps multiply
@@ -16,7 +16,8 @@
 //          at 6 cycles each. Hence addresses that are constants (Ring), no test of a first unit, no barrier but one a stage.
 // Floor    2 n k FLOP a token at 700 TFLOP/s: [qkv ; up] 152, 608 us at 512, 2048 tokens; below some 80 tokens 55 MB at 4.70 TB/s.
 // Measured inside graphs, cold weights, on the H200 at 1.50 to 1.77 of 1.98 GHz: us of each, thousands of cycles of both; in brackets the
-//          kernel whose warps stored f16 tiles themselves and whose GELU had 14 instructions, two of them slow, by turns with this one:
+//          kernel whose warps stored f16 tiles themselves and whose GELU had 14 instructions, two of them slow, by turns with this one.
+//          65 and 72 by tiles of 72 tokens, which were taken out when gptq_batch got 72 columns:
 //              tokens        65     72     80     96     128    192    257          512          1024         2048
 //              [qkv ; up]    28.4   28.6   30.1   32.8   40.4   62.5   84.5 (86.5)  147 (153)    285 (299)    550 (575)
 //              [down|dense]  31.2   31.5   33.2   37.0   44.4   60.7   85.3         148          288          552
@@ -361,7 +362,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
 
 // Tokens of a tile: those with which the product takes the least time.
 uint32_t tile_tokens(const GptqMatmulParams& p, uint32_t multiprocessors) {
-    constexpr uint32_t SIZES[] = {72, 80, 96, 112, 128, 144, 160, 192, 256};
+    constexpr uint32_t SIZES[] = {80, 96, 112, 128, 144, 160, 192, 256};
     uint32_t best = 0, least = ~0u;
     for (uint32_t size : SIZES) {
         const uint32_t cycles = GemmPlan(p, gemm_groups(size), size, multiprocessors).cycles();
@@ -373,7 +374,6 @@ uint32_t tile_tokens(const GptqMatmulParams& p, uint32_t multiprocessors) {
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     switch (tile_tokens(*p, multiprocessors)) {
-        case 72: return run<GemmShape<SCALES, ZEROS, 72>>(p, l, multiprocessors);
         case 80: return run<GemmShape<SCALES, ZEROS, 80>>(p, l, multiprocessors);
         case 96: return run<GemmShape<SCALES, ZEROS, 96>>(p, l, multiprocessors);
         case 112: return run<GemmShape<SCALES, ZEROS, 112>>(p, l, multiprocessors);

@@ -34,7 +34,7 @@ extern "C" {
 #define PEREGRINE_SURVEY_FLOATS 8
 #define PEREGRINE_DRAFT_ROWS 32    // most rows of a single slot: the walk over them is one warp's
 #define PEREGRINE_BACKOFF 64       // most steps without drafts
-#define PEREGRINE_ATTN_CHUNK 128   // keys one warp of attn_decode takes
+#define PEREGRINE_ATTN_CHUNK 128   // fewest keys of an item of attention in a decode step, where a token has several
 #define PEREGRINE_READY_WORDS 3    // by which attention lets the product behind it begin
 
 struct CUstream_st;
