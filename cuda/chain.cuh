@@ -31,14 +31,14 @@ struct GptqUnits {
                 zero[h] = ZEROS ? *reinterpret_cast<const __half2*>(q + (SCALES + h) * UNIT_SCALE_BYTES) : __float2half2_rn(8.f);
             }
         }
-        // The A registers of the unit as f16(scale * (code - zero)), where a chain has many scales.
-        __device__ __forceinline__ void unpack(uint32_t (&a)[STEPS][4]) const {
+        // The A registers of the unit as in unpack_scaled, of scales times `factor` twice.
+        __device__ __forceinline__ void unpack(uint32_t (&a)[STEPS][4], __half2 factor) const {
             const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
             for (int h = 0; h < SCALES; h++) {
-                const ExactBias bias(zero[h]);
+                const __half2 by = __hmul2(__hmul2(scale[h], factor), factor), offset = subnormal_offset<ZEROS>(by, zero[h]);
 #pragma unroll
-                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_weights(words[s], scale[h], bias, a[s]);
+                for (int s = h * STEPS / SCALES; s < (h + 1) * STEPS / SCALES; s++) unpack_scaled<ZEROS>(words[s], by, offset, a[s]);
             }
         }
     };

@@ -4,8 +4,9 @@
 // Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, one a warp; each warp gives wgmma its own 16 rows as A, from
 //          registers, four warps share the activations as B. One warp fetches weights (a bulk copy a row tile and stage), one
 //          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
-// Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it. A slice of a row is one chain of the tensor core, whose
-//          f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
+// Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it, times a power of two of its row (row_factors.cu), which
+//          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
+//          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
 // Columns  8, 16, 32, 48, 64 or 72 tokens.
 // Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
 //          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
@@ -189,7 +190,8 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
 // acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
 // AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
 template <class Shape>
-__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, uint8_t* smem, Barriers<Shape>& b) {
+__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, __half2 factor, uint8_t* smem,
+                                          Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
     const uint32_t x = smem_address(smem) / 16 | 1u << 16;
@@ -208,7 +210,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
     };
     barrier_wait(&b.w_full[0], 0);
     raw[0].load(stage, lane);
-    raw[0].unpack(a[0]);
+    raw[0].unpack(a[0], factor);
 #pragma unroll
     for (int u = 1; u <= AHEAD; u++) load(u);
     for (uint32_t j0 = 0; j0 < stages; j0 += X_STAGES, parity ^= 1) {
@@ -232,7 +234,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
                 for (int i = 0; i < STEPS; i++)
                     asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
                 if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? X_STAGES - 1 : slot - 1]);
-                raw[(u + 1) % AHEAD].unpack(next);
+                raw[(u + 1) % AHEAD].unpack(next, factor);
                 if (u + 2 == UNITS) {
                     __syncwarp();
                     if (lane == 0) barrier_arrive(&b.w_empty[leaving]);
@@ -246,6 +248,17 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 #pragma unroll
     for (int n = 0; n < Shape::TOKENS / 8; n++)
         asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+}
+
+// The sums of weights that unpack_scaled gave.
+template <class Shape>
+__device__ __forceinline__ void undo_factor(typename Shape::Sums& acc, __half2 factor) {
+    const float2 f = __half22float2(factor);
+    const float low = CODE_LOW_SCALE / (f.x * f.x), high = CODE_HIGH_SCALE / (f.y * f.y);
+#pragma unroll
+    for (int n = 0; n < Shape::TOKENS / 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) acc[n][e] *= e < 2 ? low : high;
 }
 
 #endif
@@ -278,9 +291,11 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     } else if (warp < s.warps()) {
         // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
         typename Shape::Sums acc = {};
-        multiply<Shape>(acc, s, smem, b);
+        const uint32_t lane = threadIdx.x % 32, tile = s.tile0 + (warp < s.tiles ? warp : 0), row = tile * UNIT_ROWS;
+        const __half2 factor = as_half2(g.p.w.row_factors[tile * 8 + lane / 4]);
+        multiply<Shape>(acc, s, factor, smem, b);
         if (warp >= s.tiles) return;
-        const uint32_t row = (s.tile0 + warp) * UNIT_ROWS, lane = threadIdx.x % 32;
+        undo_factor<Shape>(acc, factor);
         uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
         const float* b = g.p.y.bias ? g.p.y.bias + row + lane / 4 : nullptr;
         const float2 bias = b ? make_float2(b[0], b[8]) : make_float2(0.f, 0.f);

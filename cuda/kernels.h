@@ -66,6 +66,7 @@ typedef struct GptqMatrix {
     uint32_t n, k;            // n % 16 == 0, k % 64 == 0
     uint32_t scales_per_row;  // 1: one scale for a row's 64 inputs of a unit; 2: one for each 32 (group size 32)
     uint32_t has_zeros;       // 0: every zero point is 8 and none is stored
+    const uint32_t* row_factors;  // [n / 16][8] half2, rows g and g + 8, of row_factors; only gptq_batch uses them
 } GptqMatrix;
 
 // Where a quantised product goes. Exactly one of the three destinations is used:
@@ -116,6 +117,13 @@ typedef struct GptqRepackParams {
     uint32_t scales_per_row, has_zeros, zero_offset;
 } GptqRepackParams;
 int32_t gptq_repack(const GptqRepackParams* p, const Launch* l);
+
+// row_factors: what GptqMatrix::row_factors points to. The largest scale of a row, times its factor twice, is in [2^13, 2^15).
+typedef struct RowFactorsParams {
+    GptqMatrix w;       // its row_factors are not used
+    uint32_t* factors;  // [n / 16][8] half2
+} RowFactorsParams;
+int32_t row_factors(const RowFactorsParams* p, const Launch* l);
 
 // table_repack: a row-major f16 table [rows, k] (embedding, head) to f16 units: [rows / 16][k / 64][2048 bytes].
 typedef struct TableRepackParams {

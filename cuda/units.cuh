@@ -90,6 +90,25 @@ __device__ __forceinline__ void unpack_weights(uint32_t w, __half2 scale, const 
     for (int i = 0; i < 4; i++) a[i] = as_u32(__hmul2(as_half2(a[i]), i % 2 ? high : low));
 }
 
+// The A registers of step word w as f16(scale * (code - zero)), times 2^-24 (rows g) and 2^-20 (rows g + 8): codes are taken as the f16
+// subnormals that they are. `scale` should be near the top of f16, see row_factors.cu. One multiply-add two weights, unless zero points
+// are stored: zero x scale is not always an f16. `offset`: see subnormal_offset.
+template <bool ZEROS>
+__device__ __forceinline__ void unpack_scaled(uint32_t w, __half2 scale, __half2 offset, uint32_t a[4]) {
+    const __half2 low = __low2half2(scale), high = __high2half2(scale);
+    unpack_subnormal(w, a);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __half2 by = i % 2 ? high : low, code = as_half2(a[i]), less = i % 2 ? __high2half2(offset) : __low2half2(offset);
+        a[i] = as_u32(ZEROS ? __hmul2(__hadd2(code, less), by) : __hfma2(code, by, less));
+    }
+}
+// What it adds: with zero points these, as subnormals; otherwise 8 scales.
+template <bool ZEROS>
+__device__ __forceinline__ __half2 subnormal_offset(__half2 scale, __half2 zero) {
+    return __hmul2(ZEROS ? zero : scale, as_half2(ZEROS ? 0x80108001u : 0x80808008u));  // -(2^-24, 2^-20), 8 times that
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]; lane l holds c rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2 (l%4), + 1.

@@ -119,7 +119,9 @@ pub fn inspect(checkpoint: &Checkpoint, gpu_free_bytes: Option<u64>) -> Report {
         tensors: group_tensors(checkpoint),
         parameters: layers * linear + (2 * layers + 2) * hidden + tables,
         memory,
-        bytes_per_token: memory.matrices + memory.vectors + head_bytes + hidden * HALF,
+        bytes_per_token: memory.matrices + memory.vectors - row_factor_bytes(config)
+            + head_bytes
+            + hidden * HALF,
         gpu_free_bytes,
         warnings: checkpoint.warnings().to_vec(),
     }
@@ -133,7 +135,7 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
     let mut plan = MemoryPlan {
         matrices: 0,
         tables: tables * config.vocab_size as u64 * hidden * HALF,
-        vectors: norms,
+        vectors: norms + row_factor_bytes(config),
         kv_per_position: layers * 2 * HEAD_DIM as u64 * HALF,
         kv_full_context: layers * 2 * HEAD_DIM as u64 * HALF * config.max_positions as u64,
     };
@@ -153,6 +155,12 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
 pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
     let plan = memory_plan(checkpoint);
     plan.matrices + plan.tables + plan.vectors
+}
+
+/// Bytes of the quantised rows' factors, which products of more than 8 tokens read.
+fn row_factor_bytes(config: &ModelConfig) -> u64 {
+    let rows = config.qkv_size() + config.ffn_size + config.hidden_size;
+    (config.num_layers * rows) as u64 * HALF
 }
 
 /// Bytes of a matrix in the unit layout.

@@ -3,7 +3,7 @@
 
 use crate::checkpoint::GptqTensor;
 use crate::error::{Error, Result};
-use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f32_to_f16};
+use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
 
 /// Inputs that must share a scale: half a unit.
 const HALF_INPUTS: usize = UNIT_INPUTS / 2;
@@ -101,6 +101,34 @@ pub fn gptq_repack(
             if has_zeros {
                 out.extend(half_words(&|n, g| f32_to_f16(zero(w, n, g) as f32)));
             }
+        }
+    }
+    out
+}
+
+/// Of each row of a matrix in units the f16 by which `gptq_batch` multiplies its scales twice: a power of two, such that the largest
+/// comes to 2^13 at least and stays below 2^15. `[n / 16][8][2]`, rows g and g + 8: what the kernel `row_factors` writes. A row of zeros has
+/// 1; tiny rows have 2^15, which is too little for them.
+#[must_use]
+pub fn row_factors(units: &[u8], k: usize, scales_per_row: usize, has_zeros: bool) -> Vec<u16> {
+    let scale_bytes = UNIT_ROWS * 2 * scales_per_row;
+    let unit_bytes = UNIT_CODE_BYTES + scale_bytes * (1 + usize::from(has_zeros));
+    let mut out = Vec::new();
+    for tile in units.chunks(k / UNIT_INPUTS * unit_bytes) {
+        let mut largest = [0f32; UNIT_ROWS];
+        for unit in tile.chunks(unit_bytes) {
+            let scales = &unit[UNIT_CODE_BYTES..UNIT_CODE_BYTES + scale_bytes];
+            for (i, bytes) in scales.chunks(2).enumerate() {
+                let scale = f16_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])).abs();
+                largest[i % UNIT_ROWS] = largest[i % UNIT_ROWS].max(scale);
+            }
+        }
+        for scale in largest {
+            let mut factor = if scale == 0.0 { 1.0 } else { f32::from(1u16 << 15) };
+            while scale * factor * factor >= f32::from(1u16 << 15) && factor > 0.5 {
+                factor /= 2.0;
+            }
+            out.push(f32_to_f16(factor));
         }
     }
     out

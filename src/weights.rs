@@ -109,8 +109,8 @@ impl Weights {
         let source = |b: &Option<DevBuf<u32>>| b.as_ref().map_or(0, DevBuf::bytes);
         let layer = |l: &Layer| {
             norm(&l.norm)
-                + l.qkv_up.units.bytes()
-                + l.down_dense.units.bytes()
+                + l.qkv_up.bytes()
+                + l.down_dense.bytes()
                 + optional(&l.qkv_up_bias)
                 + optional(&l.down_dense_bias)
                 + source(&l.qkv_source)
@@ -256,10 +256,12 @@ impl<'a> Loader<'a> {
         let mut qkv_up = self.matrix(qkv.n + up.n, qkv.k, [(qkv, &qkv_order), (up, &up_order)])?;
         self.repack(qkv, &qkv_order, &mut qkv_up, 0, 0)?;
         self.repack(up, &up_order, &mut qkv_up, qkv.n, 0)?;
+        self.row_factors(&mut qkv_up)?;
         let mut down_dense =
             self.matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?;
         self.repack(down, &down_order, &mut down_dense, 0, 0)?;
         self.repack(dense, &dense_order, &mut down_dense, 0, down.k)?;
+        self.row_factors(&mut down_dense)?;
 
         let qkv_up_bias = (qkv.bias.is_some() || up.bias.is_some()).then(|| {
             let part = |w: &GptqTensor<'_>| w.bias.map_or(vec![0.0; w.n], |b| b.to_f32());
@@ -334,6 +336,14 @@ impl<'a> Loader<'a> {
         };
         let before = self.stream.record(true)?;
         ops::gptq_repack(self.stream, &raw, to, row0, input0)?;
+        self.repacks.push((before, self.stream.record(true)?));
+        Ok(())
+    }
+
+    /// After the parts of a matrix.
+    fn row_factors(&mut self, w: &mut Int4Matrix) -> Result<()> {
+        let before = self.stream.record(true)?;
+        ops::row_factors(self.stream, w)?;
         self.repacks.push((before, self.stream.record(true)?));
         Ok(())
     }

@@ -220,6 +220,7 @@ pub fn repack(
         };
         ops::gptq_repack(stream, &raw, &mut matrix, *row, *input)?;
     }
+    ops::row_factors(stream, &mut matrix)?;
     Ok(matrix)
 }
 

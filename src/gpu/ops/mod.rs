@@ -3,7 +3,7 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack, row_factors. `table`: table_repack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
 //! start, sample. `probe`: unpack_check, stream_read, mma_peak.
 
@@ -28,7 +28,8 @@ pub use decode_step::{
 };
 pub use probe::{mma_peak, mma_peak_flop, stream_read, unpack_check};
 pub use product::{
-    Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, slices,
+    Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, row_factors,
+    slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerShape, SamplerState, sample, start, stop};

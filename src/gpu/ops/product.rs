@@ -1,4 +1,5 @@
-//! Quantised products, and making their weights: `gptq_gemv`, `gptq_batch`, `gptq_gemm`, `gptq_repack`.
+//! Quantised products, and making their weights: `gptq_gemv`, `gptq_batch`, `gptq_gemm`, `gptq_repack`,
+//! `row_factors`.
 
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
@@ -11,6 +12,8 @@ use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
 pub struct Int4Matrix {
     /// `[n / 16][k / 64][unit_bytes]`
     pub units: DevBuf<u8>,
+    /// `[n / 16][8][2]` f16: rows g and g + 8; set by [`row_factors`], which follows the last [`gptq_repack`].
+    pub row_factors: DevBuf<u16>,
     /// Outputs.
     pub n: usize,
     /// Inputs.
@@ -37,7 +40,34 @@ impl Int4Matrix {
         has_zeros: bool,
     ) -> Result<Int4Matrix> {
         let bytes = n / UNIT_ROWS * (k / UNIT_INPUTS) * Self::unit_bytes(scales_per_row, has_zeros);
-        Ok(Int4Matrix { units: DevBuf::zeros(stream, "weights", bytes)?, n, k, scales_per_row, has_zeros })
+        let units = DevBuf::zeros(stream, "weights", bytes)?;
+        let row_factors = DevBuf::zeros(stream, "row factors", n)?;
+        Ok(Int4Matrix { units, row_factors, n, k, scales_per_row, has_zeros })
+    }
+
+    /// Bytes of device memory.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.units.bytes() + self.row_factors.bytes()
+    }
+
+    /// Rows `rows`, after the buffers were found large enough.
+    fn params(&self, op: &str, stream: &Stream, rows: &std::ops::Range<usize>) -> Result<ffi::GptqMatrix> {
+        let tile_bytes = self.k / UNIT_INPUTS * Self::unit_bytes(self.scales_per_row, self.has_zeros);
+        self.units.require(op, self.n / UNIT_ROWS * tile_bytes)?;
+        self.row_factors.require(op, self.n)?;
+        let whole_tiles = rows.start.is_multiple_of(UNIT_ROWS) && rows.end.is_multiple_of(UNIT_ROWS);
+        if rows.start >= rows.end || rows.end > self.n || !whole_tiles {
+            return Err(Error::Cuda { op: op.into(), what: format!("rows {rows:?} of {}", self.n) });
+        }
+        Ok(ffi::GptqMatrix {
+            units: self.units.ptr(stream).wrapping_add(rows.start / UNIT_ROWS * tile_bytes),
+            n: u32_of(op, rows.len())?,
+            k: u32_of(op, self.k)?,
+            scales_per_row: u32_of(op, self.scales_per_row)?,
+            has_zeros: u32::from(self.has_zeros),
+            row_factors: self.row_factors.ptr(stream).wrapping_add(rows.start).cast(),
+        })
     }
 }
 
@@ -169,13 +199,7 @@ pub fn gptq_matmul(
         MatmulKernel::Batch => "gptq_batch",
         MatmulKernel::Gemm => "gptq_gemm",
     };
-    let unit_bytes = Int4Matrix::unit_bytes(w.scales_per_row, w.has_zeros);
-    let tile_bytes = w.k / UNIT_INPUTS * unit_bytes;
-    w.units.require(op, w.n / UNIT_ROWS * tile_bytes)?;
-    let whole_tiles = rows.start.is_multiple_of(UNIT_ROWS) && rows.end.is_multiple_of(UNIT_ROWS);
-    if rows.start >= rows.end || rows.end > w.n || !whole_tiles {
-        return Err(Error::Cuda { op: op.into(), what: format!("rows {rows:?} of {}", w.n) });
-    }
+    let matrix = w.params(op, stream, &rows)?;
     if a.tokens == 0 || a.stride < w.k {
         return Err(Error::Cuda {
             op: op.into(),
@@ -193,13 +217,7 @@ pub fn gptq_matmul(
     };
     let split = if kernel == MatmulKernel::Gemm { stream.split_sums()? } else { None };
     let params = ffi::GptqMatmulParams {
-        w: ffi::GptqMatrix {
-            units: w.units.ptr(stream).wrapping_add(rows.start / UNIT_ROWS * tile_bytes),
-            n: u32_of(op, rows.len())?,
-            k: u32_of(op, w.k)?,
-            scales_per_row: u32_of(op, w.scales_per_row)?,
-            has_zeros: u32::from(w.has_zeros),
-        },
+        w: matrix,
         x: a.x.ptr(stream),
         x_stride: u32_of(op, a.stride)?,
         tokens: u32_of(op, a.tokens)?,
@@ -297,4 +315,12 @@ pub fn gptq_repack(
         units: w.units.ptr_mut(stream),
     };
     call!(gptq_repack, stream, params)
+}
+
+/// `row_factors`: sets those of `w`, of which all parts are there. Before that `gptq_batch` gives zeros.
+#[allow(unsafe_code)]
+pub fn row_factors(stream: &Stream, w: &mut Int4Matrix) -> Result<()> {
+    let matrix = w.params("row_factors", stream, &(0..w.n))?;
+    let params = ffi::RowFactorsParams { w: matrix, factors: w.row_factors.ptr_mut(stream).cast() };
+    call!(row_factors, stream, params)
 }

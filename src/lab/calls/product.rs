@@ -143,8 +143,9 @@ impl ProductCall {
         let mut random = Random::new((n * 3 + k + m) as u64);
         let quantised = Quantised::new(&mut random, n, k, shape.format);
         let mut w = kit::repack(stream, n, k, &[(&quantised, 0, 0)])?;
-        // The same units between guards.
+        // The same between guards.
         w.units = guarded(stream, "units", &w.units.download(stream, 0, w.units.len())?)?;
+        w.row_factors = guarded(stream, "row factors", &w.row_factors.download(stream, 0, n)?)?;
         let slices = if form == Form::Partials { ops::slices(k) } else { 1 };
         let (sums, halves) = match form {
             Form::Partials => (slices * m * n, [0, 0]),
@@ -295,7 +296,7 @@ impl Call for ProductCall {
 
     fn trespass(&self, stream: &Stream) -> Result<Option<(&'static str, isize)>> {
         trespass!(stream, "sums": self.sums, "out": self.out, "gelu_out": self.gelu_out, "x": self.x, "bias": self.bias,
-            "units": self.w.units)
+            "units": self.w.units, "row_factors": self.w.row_factors)
     }
 
     fn work(&self) -> Work {
