@@ -104,7 +104,7 @@ struct Storer {
             take([&](float (&sum)[ROWS], bool active) {
                 if (t * UNIT_ROWS >= p.qkv_size)
 #pragma unroll
-                    for (int r = 0; r < ROWS; r++) sum[r] = gelu_quick(sum[r]);
+                    for (int r = 0; r < ROWS; r++) sum[r] = gelu(sum[r]);
                 store_pairs(layer, t, sum, active);
             });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].

@@ -84,7 +84,7 @@ __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint16_t
     const uint32_t to = smem_address(transpose) + (lane / 16 * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
     const auto pair = [&](float v0, float v1, float bias) {
         v0 += bias, v1 += bias;
-        if (GELU) v0 = gelu_quick(v0), v1 = gelu_quick(v1);
+        if (GELU) v0 = gelu(v0), v1 = gelu(v1);
         return as_u32(__floats2half2_rn(v0, v1));
     };
 #pragma unroll

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t
 #pragma unroll
         for (int n = 0; n < COLUMNS; n++) {
             float v0 = acc[n][half * 2] + bias, v1 = acc[n][half * 2 + 1] + bias;
-            if (!plain) v0 = gelu_quick(v0), v1 = gelu_quick(v1);
+            if (!plain) v0 = gelu(v0), v1 = gelu(v1);
             uint32_t pair;
             asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(pair) : "r"(as_u32(__floats2half2_rn(v0, v1))));
             const uint32_t m = token0 + n * 8 + lane / 4;

@@ -28,13 +28,17 @@ __device__ __forceinline__ void ready_end(uint32_t* ready) {
     if (ready) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(ready + 1) : "memory");
 }
 
+// Words left over from a step that broke off would be waited for in vain: an error after seconds, not a hang.
+__device__ __forceinline__ void ready_patience(uint32_t& tries) {
+    if (++tries == 1 << 23) asm volatile("trap;");
+}
+
 // By the thread that reads the product's inputs, or has the copy engine read them. Without words it waits for all that was before.
 __device__ __forceinline__ void ready_wait(const uint32_t* ready, bool for_attention) {
     if (!ready) return wait_previous();
-    uint32_t blocks;
-    do blocks = load_acquire(ready);
-    while (!blocks);
-    while (for_attention && load_acquire(ready + 1) != blocks) {}
+    uint32_t blocks, tries = 0;
+    while (!(blocks = load_acquire(ready))) ready_patience(tries);
+    while (for_attention && load_acquire(ready + 1) != blocks) ready_patience(tries);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif

@@ -17,7 +17,7 @@ __device__ __forceinline__ void to_halves(const float (&acc)[TOKENS / 8][4], flo
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float v0 = acc[n][h * 2] + (h ? bias.y : bias.x), v1 = acc[n][h * 2 + 1] + (h ? bias.y : bias.x);
-            if (GELU) v0 = gelu_quick(v0), v1 = gelu_quick(v1);
+            if (GELU) v0 = gelu(v0), v1 = gelu(v1);
             pairs[n][h] = as_u32(__floats2half2_rn(v0, v1));
             asm volatile("" : "+r"(pairs[n][h]));  // not after what comes next, a barrier
         }

@@ -28,6 +28,7 @@
 #pragma once
 #include <cuda_fp16.h>
 #include <stdint.h>
+#include "gelu.cuh"
 #include "kernels.h"
 
 constexpr int UNIT_ROWS = PEREGRINE_UNIT_ROWS;
@@ -145,8 +146,6 @@ __device__ __forceinline__ uint4 load_weights(const uint8_t* p) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-// GELU, the exact erf form.
-__device__ __forceinline__ float gelu(float v) { return 0.5f * v * (1.f + erff(v * 0.70710678118654752f)); }
 
 // Where a row's sum goes; see GptqOutput.
 __device__ __forceinline__ void store_output(const GptqOutput& y, uint32_t n, uint32_t tokens, uint32_t slice, uint32_t m,
