@@ -69,7 +69,7 @@ constexpr int UNITS = 4;                   // of a stage
 constexpr int X_STAGES = 3;
 constexpr int AHEAD = 2;  // units a warp loads ahead of the one it unpacks
 static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
-constexpr int IN_FLIGHT = 2;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
+constexpr int IN_FLIGHT = 3;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
 constexpr int EARLY_FLIGHT = 1;  // before the inputs are there: norm and attention are at work then
 constexpr int EARLY_SHARE = 93;  // per cent of an even share of blocks, for slices that need not wait for attention
 constexpr int SHARED_BYTES = 218 * 1024;
@@ -90,7 +90,7 @@ struct BatchShape {
     static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
     static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 1) * 8;
-    static_assert(W_STAGES > IN_FLIGHT, "room for stages that wait");
+    static_assert(W_STAGES >= IN_FLIGHT, "room for them");
     using Sums = float[TOKENS / 8][4];
 };
 
@@ -292,7 +292,8 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
         typename Shape::Sums acc = {};
         const uint32_t lane = threadIdx.x % 32, tile = s.tile0 + (warp < s.tiles ? warp : 0), row = tile * UNIT_ROWS;
-        const __half2 factor = as_half2(g.p.w.row_factors[tile * 8 + lane / 4]);
+        // A warp without a row tile multiplies zeros: with many tokens power decides, and products of zeros take less of it.
+        const __half2 factor = as_half2(warp < s.tiles ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
         multiply<Shape>(acc, s, factor, smem, b);
         if (warp >= s.tiles) return;
         undo_factor<Shape>(acc, factor);
