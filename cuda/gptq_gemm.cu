@@ -1,6 +1,6 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; any number of tokens, made for more than 72 (gptq_batch); out_stride and gelu_stride even. On sm_90a
-//          gptq_gemm_wgmma.cu does the work instead.
+// Shapes   as gptq_gemv; any number of tokens, made for more than 72 (gptq_batch); out_stride and gelu_stride multiples of 8.
+//          On sm_90a gptq_gemm_wgmma.cu does the work instead.
 // Reads    W once per 128 tokens, x once per 256 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block of 8 warps a multiprocessor, which stays for the whole product (gemm_plan.cuh). A tile is 256 rows x 128 tokens; a
 //          warp has 32 rows of it and all tokens, so that each weight is unpacked once a tile: 128 registers of sums. k advances by one
@@ -256,14 +256,10 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
             take_sums(g.p, acc, share_index + 1, end);
         }
         const TilePlace place(g.plan, s.tile);
-#pragma unroll
-        for (int i = 0; i < WARP_TILES; i++) {
-            const uint32_t row = (place.tile0 + warp_tile + i) * UNIT_ROWS;
-            if (row >= g.p.w.n) continue;
-            const auto& sums = reinterpret_cast<const float(&)[COLUMNS][4]>(acc[i * COLUMNS]);
-            if (g.p.y.partials || g.p.y.residual) store_floats(g.p, place.slice, row, place.token0, sums);
-            else store_halves(g.p, row, place.token0, sums);
-        }
+        const uint32_t row = (place.tile0 + warp_tile) * UNIT_ROWS;
+        if (row >= g.p.w.n) continue;
+        if (g.p.y.partials || g.p.y.residual) store_floats<COLUMNS>(g.p, place.slice, row, place.token0, acc);
+        else store_halves<COLUMNS>(g.p, row, place.token0, acc);
     }
     cp_async_wait<0>();
 }
@@ -279,7 +275,7 @@ template <int SCALES, bool ZEROS>
 int32_t run(const GptqMatmulParams* p, const Launch* l) {
     using Shape = GemmShape<SCALES, ZEROS>;
     const bool halves = !p->y.partials && !p->y.residual;
-    if (halves && (p->y.out_stride % 2 || p->y.gelu_stride % 2)) return PEREGRINE_BAD_SHAPE;  // 4-byte stores
+    if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     int device = 0, multiprocessors = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
