@@ -49,6 +49,7 @@ template <int SCALES_, bool ZEROS_>
 struct GemmShape {
     static constexpr int SCALES = SCALES_;
     static constexpr bool ZEROS = ZEROS_;
+    static constexpr bool SCALED = SCALES == 1 && !ZEROS;  // unpacked by unpack_scaled
     static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
     static constexpr int STAGE_BYTES = X_BYTES + TILE_UNITS * BYTES;
     static constexpr int STAGES = SHARED_BYTES / STAGE_BYTES < 4 ? 3 : 4, RING_BYTES = STAGES * STAGE_BYTES;
@@ -148,6 +149,7 @@ struct Operands {
     uint32_t b[PAIRS][4];
     uint4 codes[WARP_TILES];
     __half2 scale[WARP_TILES], zero[WARP_TILES];
+    __half2 factor[WARP_TILES], offset[WARP_TILES];  // SCALED
 
     __device__ __forceinline__ void load_codes(const uint8_t* from) {
 #pragma unroll
@@ -159,11 +161,21 @@ struct Operands {
             const uint8_t* q = from + i * Shape::BYTES + run * UNIT_SCALE_BYTES;
             scale[i] = *reinterpret_cast<const __half2*>(q);
             if (Shape::ZEROS) zero[i] = *reinterpret_cast<const __half2*>(q + Shape::SCALES * UNIT_SCALE_BYTES);
+            if (Shape::SCALED) {
+                scale[i] = __hmul2(__hmul2(scale[i], factor[i]), factor[i]);
+                offset[i] = subnormal_offset<false>(scale[i], scale[i]);
+            }
         }
+    }
+    // Of the row tiles whose units are loaded from now on.
+    __device__ __forceinline__ void load_factors(const GptqMatrix& w, uint32_t tile) {
+#pragma unroll
+        for (int i = 0; i < WARP_TILES; i++) factor[i] = row_factor(w, tile + i);
     }
     __device__ __forceinline__ void unpack(int i, int step) {
         const uint32_t words[STEPS] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
+        if (Shape::SCALED) unpack_scaled<false>(words[step], scale[i], offset[i], a[step % 2][i]);
+        else unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
     }
 };
 
@@ -192,6 +204,13 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
     uint32_t at = 0, refill = (STAGES - 1) * Shape::STAGE_BYTES, parity = 0;  // offsets of the stages that are read and filled
     const auto after = [](uint32_t stage) { return stage == (STAGES - 1) * Shape::STAGE_BYTES ? 0 : stage + Shape::STAGE_BYTES; };
     Operands<Shape> next;
+    GemmWalk walk(g.plan, share_index);
+    // Of the segment that `from` gives next.
+    const auto load_factors = [&](GemmWalk from) {
+        GemmSegment s;
+        if (Shape::SCALED && from.next(s)) next.load_factors(g.p.w, TilePlace(g.plan, s.tile).tile0 + warp_tile);
+    };
+    load_factors(walk);
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     next.load_codes(smem + w_from);
@@ -201,12 +220,13 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < WARP_TILES; i++) next.unpack(i, 0);
 
-    GemmSegment s;
-    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+    for (GemmSegment s; walk.next(s);) {
         float acc[WARP_TILES * COLUMNS][4] = {};
         for (uint32_t units = s.end - s.begin; units > 0;) {
             if (fetch.units == 0) fetch.next();
             uint32_t n = min(units, fetch.units);  // in which neither segment ends
+            if (Shape::SCALED && units > 1) n = min(n, units - 1);
+            if (units == 1) load_factors(walk);  // during the last one the next segment's first is loaded
             units -= n, fetch.units -= n;
 #pragma unroll 1
             for (; n > 0; n--) {
@@ -258,8 +278,8 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
         const TilePlace place(g.plan, s.tile);
         const uint32_t row = (place.tile0 + warp_tile) * UNIT_ROWS;
         if (row >= g.p.w.n) continue;
-        if (g.p.y.partials || g.p.y.residual) store_floats<COLUMNS>(g.p, place.slice, row, place.token0, acc);
-        else store_halves<COLUMNS>(g.p, row, place.token0, acc);
+        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::SCALED, COLUMNS>(g.p, place.slice, row, place.token0, acc);
+        else store_halves<Shape::SCALED, COLUMNS>(g.p, row, place.token0, acc);
     }
     cp_async_wait<0>();
 }

@@ -45,13 +45,25 @@ __device__ __forceinline__ void take_sums(const GptqMatmulParams& p, float (&acc
     }
 }
 
-// What to add to the sums of rows lane / 4 and lane / 4 + 8 of a row tile.
-struct RowBias {
-    float bias[2] = {};
-    __device__ __forceinline__ RowBias(const GptqMatmulParams& p, uint32_t row, bool biased) {
+// The factors (row_factors.cu) of rows lane / 4 and lane / 4 + 8 of a row tile, or of the last one if it is not there.
+__device__ __forceinline__ __half2 row_factor(const GptqMatrix& w, uint32_t tile) {
+    return as_half2(w.row_factors[min(tile, w.n / UNIT_ROWS - 1) * 8 + threadIdx.x % 32 / 4]);
+}
+
+// What is done to the sums of rows lane / 4 and lane / 4 + 8 of a row tile. SCALED: their weights are unpack_scaled's.
+template <bool SCALED>
+struct RowScale {
+    float by[2] = {1.f, 1.f}, bias[2] = {};
+    __device__ __forceinline__ RowScale(const GptqMatmulParams& p, uint32_t row, bool biased) {
+        if (SCALED) {
+            const float2 f = __half22float2(row_factor(p.w, row / UNIT_ROWS));
+            by[0] = CODE_LOW_SCALE / (f.x * f.x), by[1] = CODE_HIGH_SCALE / (f.y * f.y);
+        }
         if (biased && row < p.w.n) bias[0] = p.y.bias[row + threadIdx.x % 32 / 4], bias[1] = p.y.bias[row + threadIdx.x % 32 / 4 + 8];
     }
-    __device__ __forceinline__ float apply(float sum, int half) const { return sum + bias[half]; }
+    __device__ __forceinline__ float apply(float sum, int half) const {
+        return SCALED ? fmaf(sum, by[half], bias[half]) : sum + bias[half];
+    }
 };
 
 // Between the four lanes of a token pair: lane q has v[0 .. 3] and gets v[q] of lane j as v[j].
@@ -71,7 +83,7 @@ __device__ __forceinline__ void exchange(T (&v)[4]) {
 
 // The sums of 32 rows as f16: 64 bytes of a token in one piece, as sectors that are written by halves cost twice. Each 8 x 8 of them is
 // transposed, which gives a lane two rows of each eight; lanes exchange them, and each has eight rows of a token.
-template <int COLUMNS>
+template <bool SCALED, int COLUMNS>
 __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t row, uint32_t token0, float (&acc)[2 * COLUMNS][4]) {
     const uint32_t lane = threadIdx.x % 32, mine = row + lane % 4 * 8;
     const GptqOutput& y = p.y;
@@ -79,16 +91,16 @@ __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t
     for (int i = 0; i < 2; i++) {
         const uint32_t at = row + i * UNIT_ROWS;
         if (at >= p.w.n) continue;
-        const RowBias bias(p, at, y.bias);
+        const RowScale<SCALED> scale(p, at, y.bias);
         if (at < y.split_row) {
-            if (y.bias)
+            if (SCALED || y.bias)
 #pragma unroll
                 for (int n = 0; n < COLUMNS * 4; n++)
-                    acc[i * COLUMNS + n / 4][n % 4] = bias.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2);
+                    acc[i * COLUMNS + n / 4][n % 4] = scale.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2);
         } else {
 #pragma unroll
             for (int n = 0; n < COLUMNS * 4; n++)
-                acc[i * COLUMNS + n / 4][n % 4] = gelu(bias.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2));
+                acc[i * COLUMNS + n / 4][n % 4] = gelu(scale.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2));
         }
     }
     const bool plain = mine < y.split_row;
@@ -114,12 +126,12 @@ __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t
 
 // The sums of 32 rows as f32: to the partials, or added to the residual, where each element has this one writer. WHOLE: nothing is beyond
 // the edges, and there are no branches.
-template <bool PARTIALS, bool WHOLE, int COLUMNS>
+template <bool SCALED, bool PARTIALS, bool WHOLE, int COLUMNS>
 __device__ __forceinline__ void store_floats(const GptqMatmulParams& p, float* out, uint32_t row, uint32_t token0,
                                              const float (&acc)[2 * COLUMNS][4]) {
     const uint32_t lane = threadIdx.x % 32, first = token0 + lane % 4 * 2;
     const bool biased = !PARTIALS && p.y.bias;
-    const RowBias bias[2] = {{p, row, biased}, {p, row + UNIT_ROWS, biased}};
+    const RowScale<SCALED> scale[2] = {{p, row, biased}, {p, row + UNIT_ROWS, biased}};
     const int32_t tokens[2] = {(int32_t)(p.tokens - first), row + UNIT_ROWS < p.w.n ? (int32_t)(p.tokens - first) : 0};
     out += (size_t)first * p.w.n + row + lane / 4;
 #pragma unroll
@@ -130,7 +142,7 @@ __device__ __forceinline__ void store_floats(const GptqMatmulParams& p, float* o
             for (int i = 0; i < 4; i++) {
                 float* to = out + e * p.w.n + i * 8;
                 if (!WHOLE && n * 8 + e >= tokens[i / 2]) continue;
-                const float v = bias[i / 2].apply(acc[i / 2 * COLUMNS + n][i % 2 * 2 + e], i % 2);
+                const float v = scale[i / 2].apply(acc[i / 2 * COLUMNS + n][i % 2 * 2 + e], i % 2);
                 if (PARTIALS) *to = v;
                 else asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
             }
@@ -138,12 +150,12 @@ __device__ __forceinline__ void store_floats(const GptqMatmulParams& p, float* o
         out += (size_t)8 * p.w.n;
     }
 }
-template <int COLUMNS>
+template <bool SCALED, int COLUMNS>
 __device__ __forceinline__ void store_floats(const GptqMatmulParams& p, uint32_t slice, uint32_t row, uint32_t token0,
                                              const float (&acc)[2 * COLUMNS][4]) {
     if (p.y.partials)
-        store_floats<true, false, COLUMNS>(p, p.y.partials + (size_t)slice * p.tokens * p.w.n, row, token0, acc);
+        store_floats<SCALED, true, false, COLUMNS>(p, p.y.partials + (size_t)slice * p.tokens * p.w.n, row, token0, acc);
     else if (row + 2 * UNIT_ROWS <= p.w.n && token0 + COLUMNS * 8 <= p.tokens)
-        store_floats<false, true, COLUMNS>(p, p.y.residual, row, token0, acc);
-    else store_floats<false, false, COLUMNS>(p, p.y.residual, row, token0, acc);
+        store_floats<SCALED, false, true, COLUMNS>(p, p.y.residual, row, token0, acc);
+    else store_floats<SCALED, false, false, COLUMNS>(p, p.y.residual, row, token0, acc);
 }
