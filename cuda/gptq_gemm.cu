@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
             if (Shape::SCALED && units > 1) n = min(n, units - 1);
             if (units == 1) load_factors(walk);  // during the last one the next segment's first is loaded
             units -= n, fetch.units -= n;
-#pragma unroll 1
+#pragma unroll 2
             for (; n > 0; n--) {
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
