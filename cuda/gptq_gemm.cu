@@ -26,8 +26,9 @@
 //              tokens         128                    512                    1024                   2048
 //              [qkv ; up]     70, 379, 82 %, 116 %   228, 466, 64 %, 104 %  445, 478, 63 %, 103 %  872, 487, 65 %, 102 %
 //              [down|dense]   78, 339, 84 %, 109 %   229, 462, 64 %, 116 %  443, 477, 63 %, 106 %  855, 495, 63 %, 110 %
-//          In turns of 0.3 s without rest, where power sets the clock: 71, 61 % of torch's at 512 tokens, 62, 61 % at 2048; in turns of
-//          70 ms 55 to 59 %, for torch's then begin on a cool card, and 105 to 126 % of cublasLt's.
+//          In turns of 0.3 s without rest, where power sets the clock: 71, 61 % of torch's at 512 tokens, 62, 61 % at 2048, and the
+//          kernel before 64, 63, 62, 62 (it came later in the turn, on a cooler card). In turns of 70 ms 55 to 59 %, for torch's then
+//          begin cool, and 105 to 126 % of cublasLt's.
 //          Before, in bursts: 73, 256, 489, 945; 78, 237, 458, 890. Of 256: stores 22 less, unpacking by one multiply-add 1, two units a
 //          turn 4, scales read before codes 1.
 // Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
