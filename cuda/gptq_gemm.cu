@@ -1,6 +1,6 @@
 // gptq_gemm — y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units, any number of tokens.   Reference: reference.rs::gptq_matmul
-// Shapes   as gptq_gemv; any number of tokens, made for more than 72 (gptq_batch); out_stride and gelu_stride even. On sm_90a
-//          gptq_gemm_wgmma.cu does the work instead.
+// Shapes   as gptq_gemv; any number of tokens, made for more than 72 (gptq_batch); out_stride and gelu_stride multiples of 8.
+//          On sm_90a gptq_gemm_wgmma.cu does the work instead.
 // Reads    W once per 128 tokens, x once per 256 rows, through L2.   Writes see GptqOutput.
 // Mapping  one block of 8 warps a multiprocessor, which stays for the whole product (gemm_plan.cuh). A tile is 256 rows x 128 tokens; a
 //          warp has 32 rows of it and all tokens, so that each weight is unpacked once a tile: 128 registers of sums. k advances by one
@@ -8,26 +8,36 @@
 //          each register that becomes free.
 // Barrier  a warp arrives as a unit begins, saying that it has left the unit before and has its copies of the next, and waits for the
 //          others three quarters of the unit later. __syncthreads instead took 5 to 10 % more time.
-// Numbers  as gptq_gemm_wgmma: f16(scale * (code - zero)), and all units of a segment one chain of the tensor core, whose f32 adds
-//          truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16 outputs: 2.1e-4, their rounding).
+// Numbers  f16(scale * (code - zero)); for groups of 64 without zero points times a power of two of the row (row_factors.cu, as
+//          gptq_batch), which is taken off the sums: the same bits where the row's scales are within a factor of 8. All units of a segment
+//          are one chain of the tensor core, whose f32 adds truncate: relative error 2.6e-5 over 22720 inputs, 5.4e-6 over 4544 (f16
+//          outputs: 2.1e-4, their rounding).
 // Shared   activations [128][64] f16, 16-byte chunk c of token t at c ^ (t % 8): ldmatrix reads without bank conflicts; then the units of
 //          the row tiles as they lie in memory. 4 stages (3 where units have more than 544 bytes) in the 99 KB every GPU allows.
-// Cost     tensor cores are busy for 70 % of the cycles at 2048 tokens. A warp has 128 mma a unit, and 194
-//          others: 104 to unpack, 36 loads from shared memory, 7 copies and their addresses, the loop.
-// Measured on an H200, compiled for compute_80, us and TFLOP/s; beside it the part of torch.matmul's rate on the unpacked f16 weights, each
-//          for a quarter of a second without a pause (both then at 1.4 to 1.8 GHz, for want of power: torch has 560 to 650 TFLOP/s):
-//              tokens         65         128        512               1024              2048
-//              [qkv ; up]     73, 76 %   78, 78 %   274, 388, 60 %    531, 401, 62 %    1049, 405, 65 %
-//              [down|dense]   79, 78 %   80, 83 %   277, 381, 62 %*   538, 393, 61 %    1003, 422, 65 %
-//          In bursts of six launches, in turns with torch's, which then has 720 to 760: 50 to 53 % from 512 on, 73 to 80 % below.
-//          Groups of 32, zero points, both: 1.01, 1.01, 1.07 of the time. (*) of what torch had in two other runs: in this one it was
-//          slow, 68 %.
-//          The kernel before (f32 multiply-adds for each unit): 163, 152 us at 128 tokens, 483, 467 at 512, 1942, 2064 at 2048.
+// Cost     on an H200 an mma takes a quarter of a multiprocessor 6.1 cycles, whatever warps there are and in whatever order of operands;
+//          each instruction beside it, from either warp, costs it 0.7 to 1.7 more (shift, logic, f16 multiply 0.8; f16 multiply-add 1.1
+//          where operands repeat, else 1.4; of integers and f32 1.7), ldmatrix next to nothing. So instructions count: a unit has 128 mma a
+//          warp, 36 loads from shared memory and 119 others, 76 to unpack, and takes 1880 to 1950 cycles, where mma alone takes 1553. Two
+//          units a turn of the loop share the addresses of copies: 15 instructions and 1 to 2 % less.
+//          At 512 tokens of [qkv ; up] a block has 194 units, 3100 cycles until the first is there, three tiles to store, each 2500 cycles
+//          or with GELU 5400, and 5000 to give sums and 4000 to take them. A tile to the residual takes 7500.
+// Measured on an H200, compiled for compute_80, us and TFLOP/s in bursts of 2 ms with rests; beside it the part of torch.matmul's rate on
+//          the unpacked f16 weights (its kernels are wgmma's), and of the fastest sm_80 kernel that cublasLt has (of 150 to 440 that run):
+//              tokens         128                    512                    1024                   2048
+//              [qkv ; up]     70, 379, 82 %, 116 %   228, 466, 64 %, 104 %  445, 478, 63 %, 103 %  872, 487, 65 %, 102 %
+//              [down|dense]   78, 339, 84 %, 109 %   229, 462, 64 %, 116 %  443, 477, 63 %, 106 %  855, 495, 63 %, 110 %
+//          In turns of 0.3 s without rest, where power sets the clock: 71, 61 % of torch's at 512 tokens, 62, 61 % at 2048, and the
+//          kernel before 64, 63, 62, 62 (it came later in the turn, on a cooler card). In turns of 70 ms 55 to 59 %, for torch's then
+//          begin cool, and 105 to 126 % of cublasLt's.
+//          Before, in bursts: 73, 256, 489, 945; 78, 237, 458, 890. Of 256: stores 22 less, unpacking by one multiply-add 1, two units a
+//          turn 4, scales read before codes 1.
 // Tried    at 512 tokens of [qkv ; up], bursts: 64 rows x 64 tokens a warp, so that two unpack each weight, 285 us where 32 x 128 had 264;
 //          16 warps of 32 x 64, 315 to 328. Tiles of 128 x 256, unpacked once into shared memory as f16: 273 where this had 255.
-//          Without unpacking 202 us, without loads from shared memory too 195: what mma.sync alone leaves. mma_peak has 640 TFLOP/s.
-// Short    of 60 % in bursts. An earlier form with two instructions for each copy's address, for this format alone, had 2 to 6 % less time:
-//          1.62 million cycles at 2048 tokens where this has 1.69, in the compiler's other order of the same products.
+//          Sums stored in pieces of 16 bytes, each behind a branch: 12 to 20 thousand cycles a tile, as sectors are written by halves.
+//          Sums exchanged between lanes for the residual too, so that an instruction has 128 bytes of a token: 1000 cycles a tile less,
+//          nothing of the whole. Of 231 us: the barrier as the head of the loop, with one basic block a unit, 13 more; waiting for it a
+//          step earlier, to load scales sooner, 5 more; arriving one, two steps later 2, 6 more; four units a turn 2 more; a pointer for
+//          each copy 0. Rows' factors cost 2 %, four multiplications a unit: with units that hold the scales multiplied it would be 225.
 // Spills   2 registers, outside the loop over units.
 #include "bulk.cuh"
 #include "gemm_plan.cuh"
@@ -49,6 +59,7 @@ template <int SCALES_, bool ZEROS_>
 struct GemmShape {
     static constexpr int SCALES = SCALES_;
     static constexpr bool ZEROS = ZEROS_;
+    static constexpr bool SCALED = SCALES == 1 && !ZEROS;  // unpacked by unpack_scaled
     static constexpr int BYTES = unit_bytes<SCALES, ZEROS>();
     static constexpr int STAGE_BYTES = X_BYTES + TILE_UNITS * BYTES;
     static constexpr int STAGES = SHARED_BYTES / STAGE_BYTES < 4 ? 3 : 4, RING_BYTES = STAGES * STAGE_BYTES;
@@ -148,6 +159,7 @@ struct Operands {
     uint32_t b[PAIRS][4];
     uint4 codes[WARP_TILES];
     __half2 scale[WARP_TILES], zero[WARP_TILES];
+    __half2 factor[WARP_TILES], offset[WARP_TILES];  // SCALED
 
     __device__ __forceinline__ void load_codes(const uint8_t* from) {
 #pragma unroll
@@ -159,11 +171,21 @@ struct Operands {
             const uint8_t* q = from + i * Shape::BYTES + run * UNIT_SCALE_BYTES;
             scale[i] = *reinterpret_cast<const __half2*>(q);
             if (Shape::ZEROS) zero[i] = *reinterpret_cast<const __half2*>(q + Shape::SCALES * UNIT_SCALE_BYTES);
+            if (Shape::SCALED) {
+                scale[i] = __hmul2(__hmul2(scale[i], factor[i]), factor[i]);
+                offset[i] = subnormal_offset<false>(scale[i], scale[i]);
+            }
         }
+    }
+    // Of the row tiles whose units are loaded from now on.
+    __device__ __forceinline__ void load_factors(const GptqMatrix& w, uint32_t tile) {
+#pragma unroll
+        for (int i = 0; i < WARP_TILES; i++) factor[i] = row_factor(w, tile + i);
     }
     __device__ __forceinline__ void unpack(int i, int step) {
         const uint32_t words[STEPS] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-        unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
+        if (Shape::SCALED) unpack_scaled<false>(words[step], scale[i], offset[i], a[step % 2][i]);
+        else unpack_weights(words[step], scale[i], Shape::ZEROS ? ExactBias(zero[i]) : ExactBias(), a[step % 2][i]);
     }
 };
 
@@ -192,6 +214,13 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
     uint32_t at = 0, refill = (STAGES - 1) * Shape::STAGE_BYTES, parity = 0;  // offsets of the stages that are read and filled
     const auto after = [](uint32_t stage) { return stage == (STAGES - 1) * Shape::STAGE_BYTES ? 0 : stage + Shape::STAGE_BYTES; };
     Operands<Shape> next;
+    GemmWalk walk(g.plan, share_index);
+    // Of the segment that `from` gives next.
+    const auto load_factors = [&](GemmWalk from) {
+        GemmSegment s;
+        if (Shape::SCALED && from.next(s)) next.load_factors(g.p.w, TilePlace(g.plan, s.tile).tile0 + warp_tile);
+    };
+    load_factors(walk);
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     next.load_codes(smem + w_from);
@@ -201,14 +230,15 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
 #pragma unroll
     for (int i = 0; i < WARP_TILES; i++) next.unpack(i, 0);
 
-    GemmSegment s;
-    for (GemmWalk walk(g.plan, share_index); walk.next(s);) {
+    for (GemmSegment s; walk.next(s);) {
         float acc[WARP_TILES * COLUMNS][4] = {};
         for (uint32_t units = s.end - s.begin; units > 0;) {
             if (fetch.units == 0) fetch.next();
             uint32_t n = min(units, fetch.units);  // in which neither segment ends
+            if (Shape::SCALED && units > 1) n = min(n, units - 1);
+            if (units == 1) load_factors(walk);  // during the last one the next segment's first is loaded
             units -= n, fetch.units -= n;
-#pragma unroll 1
+#pragma unroll 2
             for (; n > 0; n--) {
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
@@ -224,9 +254,9 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
                         }
                         parity ^= 1;
                         at = after(at);
+                        next.load_scales(smem + at + q_from, 0);
                         next.load_codes(smem + at + w_from);
-                    }
-                    if (to % Operands<Shape>::RUN == 0) next.load_scales(smem + at + q_from, to / Operands<Shape>::RUN);
+                    } else if (to % Operands<Shape>::RUN == 0) next.load_scales(smem + at + q_from, to / Operands<Shape>::RUN);
                     const uint32_t x = (at + x_from) ^ (to * 32);
 #pragma unroll
                     for (int j = 0; j < PAIRS; j++) {
@@ -256,14 +286,10 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1) gptq_gemm_kernel(const __grid
             take_sums(g.p, acc, share_index + 1, end);
         }
         const TilePlace place(g.plan, s.tile);
-#pragma unroll
-        for (int i = 0; i < WARP_TILES; i++) {
-            const uint32_t row = (place.tile0 + warp_tile + i) * UNIT_ROWS;
-            if (row >= g.p.w.n) continue;
-            const auto& sums = reinterpret_cast<const float(&)[COLUMNS][4]>(acc[i * COLUMNS]);
-            if (g.p.y.partials || g.p.y.residual) store_floats(g.p, place.slice, row, place.token0, sums);
-            else store_halves(g.p, row, place.token0, sums);
-        }
+        const uint32_t row = (place.tile0 + warp_tile) * UNIT_ROWS;
+        if (row >= g.p.w.n) continue;
+        if (g.p.y.partials || g.p.y.residual) store_floats<Shape::SCALED, COLUMNS>(g.p, place.slice, row, place.token0, acc);
+        else store_halves<Shape::SCALED, COLUMNS>(g.p, row, place.token0, acc);
     }
     cp_async_wait<0>();
 }
@@ -279,7 +305,7 @@ template <int SCALES, bool ZEROS>
 int32_t run(const GptqMatmulParams* p, const Launch* l) {
     using Shape = GemmShape<SCALES, ZEROS>;
     const bool halves = !p->y.partials && !p->y.residual;
-    if (halves && (p->y.out_stride % 2 || p->y.gelu_stride % 2)) return PEREGRINE_BAD_SHAPE;  // 4-byte stores
+    if (halves && (p->y.out_stride % 8 || p->y.gelu_stride % 8)) return PEREGRINE_BAD_SHAPE;  // 16-byte stores
     int device = 0, multiprocessors = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

@@ -66,7 +66,7 @@ typedef struct GptqMatrix {
     uint32_t n, k;            // n % 16 == 0, k % 64 == 0
     uint32_t scales_per_row;  // 1: one scale for a row's 64 inputs of a unit; 2: one for each 32 (group size 32)
     uint32_t has_zeros;       // 0: every zero point is 8 and none is stored
-    const uint32_t* row_factors;  // [n / 16][8] half2, rows g and g + 8, of row_factors; only gptq_batch uses them
+    const uint32_t* row_factors;  // [n / 16][8] half2, rows g and g + 8, of row_factors; gptq_gemv does not use them
 } GptqMatrix;
 
 // Where a quantised product goes. Exactly one of the three destinations is used:

@@ -1,4 +1,4 @@
-// mma_output — what becomes of the sums of gptq_gemm's mma.sync kernel: given to the block that owns the tile, or stored.
+// mma_output — what becomes of the sums of gptq_gemm's mma.sync kernel: given to the block that owns the tile, or stored, 32 rows a warp.
 //
 // Of a row tile a lane has acc[n][e]: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
 #pragma once
@@ -45,45 +45,117 @@ __device__ __forceinline__ void take_sums(const GptqMatmulParams& p, float (&acc
     }
 }
 
-// A row tile's sums as f16. Each 8 x 8 of them is transposed, so that four lanes store 8 rows of a token.
-template <int COLUMNS>
-__device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t row, uint32_t token0, const float (&acc)[COLUMNS][4]) {
-    const uint32_t lane = threadIdx.x % 32;
-    const GptqOutput& y = p.y;
-    const bool plain = row < y.split_row;
-    uint16_t* out = (plain ? y.out + row : y.gelu_out + (row - y.split_row)) + lane % 4 * 2;
-    const uint32_t stride = plain ? y.out_stride : y.gelu_stride;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const float bias = y.bias ? y.bias[row + half * 8 + lane / 4] : 0.f;
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n++) {
-            float v0 = acc[n][half * 2] + bias, v1 = acc[n][half * 2 + 1] + bias;
-            if (!plain) v0 = gelu(v0), v1 = gelu(v1);
-            uint32_t pair;
-            asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(pair) : "r"(as_u32(__floats2half2_rn(v0, v1))));
-            const uint32_t m = token0 + n * 8 + lane / 4;
-            if (m < p.tokens) *reinterpret_cast<uint32_t*>(out + (size_t)m * stride + half * 8) = pair;
+// The factors (row_factors.cu) of rows lane / 4 and lane / 4 + 8 of a row tile, or of the last one if it is not there.
+__device__ __forceinline__ __half2 row_factor(const GptqMatrix& w, uint32_t tile) {
+    return as_half2(w.row_factors[min(tile, w.n / UNIT_ROWS - 1) * 8 + threadIdx.x % 32 / 4]);
+}
+
+// What is done to the sums of rows lane / 4 and lane / 4 + 8 of a row tile. SCALED: their weights are unpack_scaled's.
+template <bool SCALED>
+struct RowScale {
+    float by[2] = {1.f, 1.f}, bias[2] = {};
+    __device__ __forceinline__ RowScale(const GptqMatmulParams& p, uint32_t row, bool biased) {
+        if (SCALED) {
+            const float2 f = __half22float2(row_factor(p.w, row / UNIT_ROWS));
+            by[0] = CODE_LOW_SCALE / (f.x * f.x), by[1] = CODE_HIGH_SCALE / (f.y * f.y);
         }
+        if (biased && row < p.w.n) bias[0] = p.y.bias[row + threadIdx.x % 32 / 4], bias[1] = p.y.bias[row + threadIdx.x % 32 / 4 + 8];
+    }
+    __device__ __forceinline__ float apply(float sum, int half) const {
+        return SCALED ? fmaf(sum, by[half], bias[half]) : sum + bias[half];
+    }
+};
+
+// Between the four lanes of a token pair: lane q has v[0 .. 3] and gets v[q] of lane j as v[j].
+template <typename T>
+__device__ __forceinline__ void exchange(T (&v)[4]) {
+    const uint32_t q = threadIdx.x % 4;
+    const auto swap = [](bool yes, T& a, T& b) {
+        const T t = yes ? b : a;
+        b = yes ? a : b, a = t;
+    };
+    // Lane q's v[r] becomes what it has for lane q ^ r.
+    swap(q & 1, v[0], v[1]), swap(q & 1, v[2], v[3]), swap(q & 2, v[0], v[2]), swap(q & 2, v[1], v[3]);
+#pragma unroll
+    for (int r = 1; r < 4; r++) v[r] = __shfl_xor_sync(~0u, v[r], r);
+    swap(q & 1, v[0], v[1]), swap(q & 1, v[2], v[3]), swap(q & 2, v[0], v[2]), swap(q & 2, v[1], v[3]);
+}
+
+// The sums of 32 rows as f16: 64 bytes of a token in one piece, as sectors that are written by halves cost twice. Each 8 x 8 of them is
+// transposed, which gives a lane two rows of each eight; lanes exchange them, and each has eight rows of a token.
+template <bool SCALED, int COLUMNS>
+__device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t row, uint32_t token0, float (&acc)[2 * COLUMNS][4]) {
+    const uint32_t lane = threadIdx.x % 32, mine = row + lane % 4 * 8;
+    const GptqOutput& y = p.y;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t at = row + i * UNIT_ROWS;
+        if (at >= p.w.n) continue;
+        const RowScale<SCALED> scale(p, at, y.bias);
+        if (at < y.split_row) {
+            if (SCALED || y.bias)
+#pragma unroll
+                for (int n = 0; n < COLUMNS * 4; n++)
+                    acc[i * COLUMNS + n / 4][n % 4] = scale.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2);
+        } else {
+#pragma unroll
+            for (int n = 0; n < COLUMNS * 4; n++)
+                acc[i * COLUMNS + n / 4][n % 4] = gelu(scale.apply(acc[i * COLUMNS + n / 4][n % 4], n % 4 / 2));
+        }
+    }
+    const bool plain = mine < y.split_row;
+    const uint32_t stride = plain ? y.out_stride : y.gelu_stride, first = token0 + lane / 4;
+    uint16_t* out = (plain ? y.out + mine : y.gelu_out + (mine - y.split_row)) + (size_t)first * stride;
+    const int32_t tokens = mine < p.w.n ? (int32_t)(p.tokens - first) : 0;
+#pragma unroll
+    for (int n = 0; n < COLUMNS; n++) {
+        uint32_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* c = &acc[i / 2 * COLUMNS + n][i % 2 * 2];
+            asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(v[i]) : "r"(as_u32(__floats2half2_rn(c[0], c[1]))));
+        }
+        exchange(v);
+        // Predicated here: the compiler would branch.
+        asm volatile("{.reg .pred p; setp.gt.s32 p, %5, %6; @p st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(out), "r"(v[0]), "r"(v[1]),
+                     "r"(v[2]), "r"(v[3]), "r"(tokens), "r"(n * 8)
+                     : "memory");
+        out += (size_t)8 * stride;
     }
 }
 
-// A row tile's sums as f32: to the partials, or added to the residual, where each element has this one writer.
-template <int COLUMNS>
-__device__ __forceinline__ void store_floats(const GptqMatmulParams& p, uint32_t slice, uint32_t row, uint32_t token0,
-                                             const float (&acc)[COLUMNS][4]) {
-    const uint32_t lane = threadIdx.x % 32, row_low = row + lane / 4;
-    const bool partials = p.y.partials;
-    float* out = partials ? p.y.partials + (size_t)slice * p.tokens * p.w.n : p.y.residual;
-    const float bias[2] = {!partials && p.y.bias ? p.y.bias[row_low] : 0.f, !partials && p.y.bias ? p.y.bias[row_low + 8] : 0.f};
+// The sums of 32 rows as f32: to the partials, or added to the residual, where each element has this one writer. WHOLE: nothing is beyond
+// the edges, and there are no branches.
+template <bool SCALED, bool PARTIALS, bool WHOLE, int COLUMNS>
+__device__ __forceinline__ void store_floats(const GptqMatmulParams& p, float* out, uint32_t row, uint32_t token0,
+                                             const float (&acc)[2 * COLUMNS][4]) {
+    const uint32_t lane = threadIdx.x % 32, first = token0 + lane % 4 * 2;
+    const bool biased = !PARTIALS && p.y.bias;
+    const RowScale<SCALED> scale[2] = {{p, row, biased}, {p, row + UNIT_ROWS, biased}};
+    const int32_t tokens[2] = {(int32_t)(p.tokens - first), row + UNIT_ROWS < p.w.n ? (int32_t)(p.tokens - first) : 0};
+    out += (size_t)first * p.w.n + row + lane / 4;
 #pragma unroll
-    for (int n = 0; n < COLUMNS; n++)
+    for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const uint32_t m = token0 + n * 8 + lane % 4 * 2 + e % 2;
-            if (m >= p.tokens) continue;
-            float* to = out + (size_t)m * p.w.n + row_low + e / 2 * 8;
-            if (partials) *to = acc[n][e];
-            else asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(acc[n][e] + bias[e / 2]) : "memory");
+        for (int e = 0; e < 2; e++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float* to = out + e * p.w.n + i * 8;
+                if (!WHOLE && n * 8 + e >= tokens[i / 2]) continue;
+                const float v = scale[i / 2].apply(acc[i / 2 * COLUMNS + n][i % 2 * 2 + e], i % 2);
+                if (PARTIALS) *to = v;
+                else asm volatile("red.global.add.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
+            }
         }
+        out += (size_t)8 * p.w.n;
+    }
+}
+template <bool SCALED, int COLUMNS>
+__device__ __forceinline__ void store_floats(const GptqMatmulParams& p, uint32_t slice, uint32_t row, uint32_t token0,
+                                             const float (&acc)[2 * COLUMNS][4]) {
+    if (p.y.partials)
+        store_floats<SCALED, true, false, COLUMNS>(p, p.y.partials + (size_t)slice * p.tokens * p.w.n, row, token0, acc);
+    else if (row + 2 * UNIT_ROWS <= p.w.n && token0 + COLUMNS * 8 <= p.tokens)
+        store_floats<SCALED, false, true, COLUMNS>(p, p.y.residual, row, token0, acc);
+    else store_floats<SCALED, false, false, COLUMNS>(p, p.y.residual, row, token0, acc);
 }

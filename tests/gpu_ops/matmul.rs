@@ -169,21 +169,22 @@ fn gptq_batch_matches_reference() {
 
 /// Each output has digits of its own, however small its scales are beside the others'.
 #[test]
-fn gptq_batch_takes_scales_of_any_size() {
+fn products_take_scales_of_any_size() {
     let Some((_, stream)) = gpu() else { return };
     let mut random = Random::new(13);
     for format in FORMATS {
         let mut q = Quantised::new(&mut random, 448, 320, format);
         q.scale_outputs(|n| (n as f32 % 21.0 - 10.0).exp2()); // scales of 2^-17 to 2^4
         let w = repack(&stream, q.n, q.k, &[(&q, 0, 0)]);
-        for m in [8, 9, 32, 63, 71] {
+        let kernels = [8, 9, 32, 63, 71].map(|m| (MatmulKernel::Batch, m));
+        for (kernel, m) in kernels.into_iter().chain([(MatmulKernel::Gemm, 130)]) {
             let x = Random::new(25 + m as u64).halves(m * q.k, 1.0);
             let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
             let x = DevBuf::from_host(&stream, "x", &gathered(&x, q.k, &q)).unwrap();
-            let got = run_partials(&stream, MatmulKernel::Batch, &w, &x, m, 1);
+            let got = run_partials(&stream, kernel, &w, &x, m, 1);
             let row = |y: &[f32], n: usize| -> Vec<f32> { y.iter().skip(n).step_by(q.n).copied().collect() };
             for n in 0..q.n {
-                let what = format!("{format:?} m {m} output {n}");
+                let what = format!("{kernel:?} {format:?} m {m} output {n}");
                 assert_close(&what, &row(&got, n), &row(&want, n), BATCH_TOLERANCE);
             }
         }
