@@ -2,8 +2,10 @@
 // Reference: src/reference.rs::rope, attention
 // Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
 // Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
-//          fewer where the context is short. Their states are joined in shared memory, those of more than 512 keys through global
-//          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+//          fewer where the context is short. With more blocks at work than there is room beside [qkv ; up], 27 to 32 tokens here, a block of
+//          a short context has two head tiles, of two warps each. The warps' states are joined in shared memory, those of more than 512
+//          keys through global memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the
+//          context leave at once.
 //          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
 // Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
 // Awaited  it says how far it is, and the product behind it begins before it has ended: ready.cuh.
@@ -22,6 +24,7 @@
 //          2.19. One block a multiprocessor that takes item after item: 64 texts alone 10.5 us at 128, 52 at 1024. Keys and values of a
 //          warp's first 32 keys in registers before the wait, a round ahead after it, 168 registers: 1.75 ms where 1.70 (16 texts), alone
 //          18.4 us where 14.0 (32 texts at 1024). No prefetch: 1.60 ms where 1.55.
+// Spills   12 bytes with two head tiles.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 #include "ready.cuh"
@@ -48,6 +51,9 @@ struct ToRows {
 constexpr uint32_t WARPS = 4;
 constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a warp
 
+// Of a token with fewer keys a block may have two head tiles, two warps each.
+constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
+
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
@@ -65,49 +71,61 @@ __device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const A
         asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + at));
     }
 }
-// Blocks of the grid that have keys; for a whole warp.
-__device__ __forceinline__ uint32_t busy_blocks(const AttnDecodeParams& p) {
+// Head tiles' parts of contexts, each of which says when it is done; for a whole warp.
+__device__ __forceinline__ uint32_t busy_teams(const AttnDecodeParams& p) {
     uint32_t blocks = 0;
     for (uint32_t m = threadIdx.x % 32; m < p.tokens; m += 32) blocks += blocks_of(token_of(p, m).position);
     return __reduce_add_sync(~0u, blocks) * attn_head_tiles(p.heads);
 }
 
+// PAIRED: short contexts, see `paired`.
+template <bool PAIRED>
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
-    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken t = token_of(p, item.token);
-    const uint32_t blocks = blocks_of(t.position), warp = threadIdx.x / 32;
-    if (item.chunk >= blocks) return;  // the grid is not over before those that wait
-    const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
-    const uint32_t first = (item.chunk * WARPS + warp) * own;
-    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * attn_head_tiles(p.heads) : nullptr;
-    const bool leads = ready && item.token + item.head_tile + item.chunk == 0 && warp == WARPS - 1;
-    const uint32_t busy = leads ? busy_blocks(p) : 0;
+    const uint32_t warp = threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
+    const AttnToken t = token_of(p, blockIdx.z);
+    const bool pair = PAIRED && t.position < PAIRED_KEYS;
+    const AttnItem item = {blockIdx.z, pair ? blockIdx.y * 2 + warp / 2 : blockIdx.y, blockIdx.x};
+    const uint32_t blocks = blocks_of(t.position), team = pair ? WARPS / 2 : WARPS, member = warp % team;
+    if (item.chunk >= blocks || (pair && blockIdx.y * 2 >= tiles)) return;  // the grid is not over before those that wait
+    const uint32_t rounds = pair && item.head_tile >= tiles ? 0 : t.position / ATTN_ROUND + 1;
+    const uint32_t own = (rounds + team * blocks - 1) / (team * blocks);
+    const uint32_t first = (item.chunk * team + member) * own;
+    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
+    const bool leads = ready && blockIdx.x + blockIdx.y + blockIdx.z == 0 && warp == WARPS - 1;
+    const uint32_t busy = leads ? busy_teams(p) : 0;
     if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
     wait_previous();
     if (leads && threadIdx.x % 32 == 0) ready_begin(ready, busy);
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
-    // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
+    // Of four warps 2 and 3 join 0 and 1, then 1 joins 0; of two 1 joins 0. Warps that have no keys are the last ones.
     static_assert(WARPS == 4, "no two joins use the same memory");
-    float4* own_state = states[warp % 2] + threadIdx.x % 32;
+    const auto place = [&](uint32_t warp) { return states[pair ? warp / 2 : warp % 2] + threadIdx.x % 32; };
 #pragma unroll
     for (uint32_t distance = WARPS / 2; distance; distance /= 2) {
-        if (warp >= distance && warp < 2 * distance) store_state(own_state, state);
+        if (member >= distance && member < 2 * distance) store_state(place(warp), state);
         __syncthreads();
-        if (warp < distance && first + distance * own < rounds) {
+        if (member < distance && first + distance * own < rounds) {
             AttnQuads other;
-            const float4* from = states[(warp + distance) % 2] + threadIdx.x % 32;
+            const float4* from = place(warp + distance);
 #pragma unroll
             for (int i = 0; i < ATTN_STATE_QUADS; i++) other.quad[i] = from[i * 32];
             merge(state, other);
         }
     }
-    if (warp > 0) return;
+    if (member > 0 || rounds == 0) return;
     if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
     __syncwarp();
-    if (threadIdx.x == 0) ready_end(ready);
+    if (threadIdx.x % 32 == 0) ready_end(ready);
+}
+
+// Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, but not if they have two head tiles each: [down |
+// dense] begins when all have begun.
+bool paired(const AttnDecodeParams& p) {
+    const uint32_t tiles = attn_head_tiles(p.heads), room = hopper_multiprocessors<attn_decode_kernel<true>>();
+    return p.awaited && p.tokens * tiles > room && p.tokens * ((tiles + 1) / 2) <= room;
 }
 
 }  // namespace
@@ -117,5 +135,5 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
         p->out_stride % 8 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
     const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
-    return launch(attn_decode_kernel, grid, WARPS * 32, 0, l, *p);
+    return launch(paired(*p) ? attn_decode_kernel<true> : attn_decode_kernel<false>, grid, WARPS * 32, 0, l, *p);
 }

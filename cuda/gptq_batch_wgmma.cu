@@ -7,53 +7,68 @@
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it, times a power of two of its row (row_factors.cu), which
 //          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
-// Columns  8, 16, 32, 48, 64 or 72 tokens.
+// Columns  8, 16, 24, 32, 40, 48, 64 or 72 tokens.
 // Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
 //          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
 //          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the
 //          inputs are there it is EARLY_FLIGHT of them.
-// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: four slices need [qkv ; up] alone and
-//          have 24 blocks of 11 or 12 row tiles each; the fifth, `dense`, has 36 blocks of 7 or 8, begins when attention is done, some
-//          6 us later, and ends with the others.
+// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
+//          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
+//          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
+//          with 128 registers, and for none if the driver gives shared memory 196 KB, as it did where the block asked for 194.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
-// Measured a pair of [qkv ; up] and [down | dense], launches in a row in a graph, cold L2, H200 at 1.8 GHz, by turns with the kernel before
-//          stages of activations were unrolled, which had no 8 and 72 columns, in brackets; then steps of 32 layers and the head without
-//          sampling, at position 190, likewise:
-//              tokens       5              8              16             32             64             72
-//              pair, us     34.0 (37.6)    34.1 (37.6)    37.1 (37.9)    40.7 (43.1)    51.9 (52.6)    54.2
-//              step, ms     1.564 (1.691)  1.585 (1.709)  1.688 (1.726)  1.904 (1.975)  2.306 (2.305)
-//          On six runs the pair took 38 to 39, 43 to 44, 53 to 58 us (before) at 16, 32, 64 tokens: compare only within a run. Two scales
-//          a unit: 34.8 to 54.1 us; zero points: 35.5, 37.7, 42.5, 53.0, 57.4 at 8, 16, 32, 64, 72; both: 36.7, 39.4, 43.5, 54.8, 57.5.
-//          48 columns, hot GPU, `cargo bench --bench kernels products`: 49 to 52 us at 33 to 48 tokens, where 64 columns took 52 to 54.
-//          With Behind and EARLY_FLIGHT, before stages of activations were unrolled, whole steps without sampling in a harness, in turns,
-//          two runs: at context 128 1.55 to 1.62, 1.76 to 1.81 ms for 16, 32 texts where it was 1.76 to 1.90, 1.90 to 2.06; at 1024 1.79,
-//          2.06 to 2.08 where it was 1.94 to 2.07, 2.10 to 2.27. 64 texts, whose product waits for attention: the same within 2 %. The
-//          whole program, `peregrine bench -p 0 -n 48 -d 128 -b 16,32`: 1.535, 1.795 ms where it was 1.717, 1.926.
-//          A layer at 16 texts, us: [qkv ; up] 19 to 21 from inputs to stores, 2 to `down`'s inputs, 18 to 20, norm 4 to 5; attention done
-//          5 after [qkv ; up], beside `down`.
-// Short    not at the speed of memory: what a warp issues adds to what the tensor cores take, instead of hiding behind it. Of a unit of 12
-//          row tiles products alone take 157, 157, 193, 384, 433 cycles at 8, 16, 32, 64, 72 tokens; 96 multiply-adds more of a scheduler
-//          add 95, 107, 127, 83, 46 to that. A unit is 79 instructions of a warp, unpacking 52, and 8 of the uniform unit for descriptors.
-// Tried    in one harness, [qkv ; up] at 16, 32, 64 tokens, where this kernel (before) took 19.0, 21.1, 26.0 us: no unpacking 15.5, 16.4,
-//          20.0; one of four products 15.1, 15.8, 17.4; neither 14.8, 15.4, 16.9: what the stream takes. IN_FLIGHT 3 or all: 22.6, 25.1,
-//          30.6 where 2 takes 20.3, 22.7, 28.2. One stage until the ring is full: 20.8, 22.1, 26.3, but whole steps 2 to 4 % faster at 16
-//          tokens, 2 % at 32. Products of a quarter unit in flight, four at a time: 21.0, 23.5, 28.1. Five stages of activations: 19.1,
-//          21.2, 27.8. Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to 9 us
-//          later in a step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time. Weights as one
-//          multiply-add of a subnormal nibble, each row's scales brought to 2^15 by the block itself: a sixth fewer instructions, but the
-//          look at all scales beforehand takes 4 us: 22.1, 23.5, 27.5 with pairs.
+// Measured a pair of [qkv ; up] and [down | dense], launches in a row in a graph, cold L2, H200, by turns with stages of four units for
+//          all and without 24 and 40 columns, in brackets; 48 and 64 with six units and two stages of activations, 72 with four and three:
+//              tokens       1             8             16            24            32            40            48            64
+//              pair, us     31.9 (33.5)   32.4 (33.9)   34.1 (36.6)   35.8 (39.6)   38.6 (40.4)   42.0 (45.6)   44.5 (46.0)   50.8 (52.8)
+//          72 tokens: 56.3 with stages of four. Before weights were unpacked by one multiply-add of two, stages of four: 36.1, 38.1, 42.3,
+//          54.1, 57.1 at 8, 16, 32, 64, 72; stages of six alone, then: 34.9, 36.9, 41.5 at 8, 16, 32. Compare only within a run: they
+//          differ by 2 to 3 %.
+//          A layer with norm and attention in a harness, texts at position 128, us, by turns; the last line sustained:
+//              tokens                                          8       16      24      32      48      64
+//              stages of four, a fifth slice for `dense`       35.6    38.8    41.9    43.6    51.7    58.8
+//              stages of six                                   36.0    38.1    42.8    44.1    50.3    56.9
+//              and slices as described under Behind            35.2    37.1    43.8    44.9
+//              and room for attention                                  37.2    40.8    44.8    50.6    57.1
+//              without attention                               34.4    36.4    39.8    40.7    46.8    53.1
+//              a second of steps behind each other                     39.7            49.4            66.8
+//          Of a product's 19 us at 16 tokens, stages of four, traced: 2.4 from the first block's begin to the inputs, 1.7 until the first
+//          stage is multiplied, 13.9 for the others, 0.4 (f16) or 0.6 (f32) to store; at 64 tokens 2.1, 2.4, 20.7, 1.3 or 2.7. The inputs
+//          come some 2 after the predecessor's last store: what the wait for a whole grid takes. The clock is 1.75 GHz meanwhile, 1.6 at
+//          64 tokens, 1.98 where nothing runs.
+// Short    not at the speed of memory: what a warp issues adds to what the tensor cores take. Cycles of a stage of four units, traced:
+//          1400 at 16 tokens, 1570 at 32, 1940 at 64; products alone are 630, 770, 1540, memory some 1200 by reckoning. Waiting for
+//          products is over at once (30 to 90 a stage), those for weights and activations take 100 and 75, little more than barriers that
+//          are passed; asked ahead of time it was no faster. A unit is 67 instructions of a warp, unpacking 37, and 8 for descriptors. Why
+//          stages of six are that much better, and of eight no more, is not understood: copies are longer, stages fewer.
+// Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
+//          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
+//          34.4, 38.1; neither 31.5, 32.6, 34.0, 37.3, and 29.5, 29.8, 30.7 with three in flight and no stores; no stores 33.4, 36.0,
+//          37.5, 48.9.
+//          At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two stages of
+//          activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9, 33.5,
+//          37.9, and with that: three in flight 33.4, 34.2, 37.9; EARLY_FLIGHT 2 32.5, 34.0, 38.9; a word that each block counts up
+//          behind its stores and the next product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations
+//          (8, 16 tokens): the same. Stages of four without a look at how many units are left: 34.3, 36.7, 40.7 where 33.9, 36.9, 40.0.
+//          The block's sums side by side in shared memory, stored by bulk copies of a token's rows: 33.5, 35.3, 39.6, 52.6 where it was
+//          32.4, 34.1, 38.6, 52.8 (of f32 sums alone 0.7 less at 64 and 72, 0.1 to 0.3 more at 8 to 32).
+//          mma.sync, each warp one of four units of a stage, the warps' sums joined at the end (error 1.4e-6): with 2, 3, 4, 6 groups of
+//          row tiles 34.8 to 35.7, 35.8 to 36.8, 37.6, 39.3 at 16 tokens, stages of four; with stages of eight 31.7 and 34.4 at 8 and 16,
+//          no better than this kernel; 40.5 at 24, 48 at 32. Tests between row tiles whether there are more: 38.1 where it was 35.6.
+//          Before that: products of a quarter unit in flight, four at a time: [qkv ; up] 21.0, 23.5, 28.1 at 16, 32, 64 tokens where it was
+//          19.0, 21.1, 26.0. Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to
+//          9 us later in a step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time.
 //          Codes as subnormals straight from masks (20 instructions), a chain a unit, scaled by f32 multiply-adds, zero points taken off
-//          by products of scales and sums of inputs, which the warp that fetches activations made by mma.sync: 19.5, 26.0, 48.8 where it
-//          was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns). Error 1.3e-6 (3.6e-6 with zero points). The same with the sums from a row
-//          tile of ones, the block's twelfth, which costs no product more: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64 tokens, one
-//          chain at a time from 16 on (39.7, 49.1 with two), where this kernel takes 34.0, 36.9, 40.9, 54.1. Codes one unit ahead, not
-//          two: pairs of 36.8, 41.8, 51.5, steps of 1.689, 1.940, 2.284. Two ahead without unrolling: 39.1, 48.8, 62.9 where it was 38.5,
-//          43.7, 58.1. Zeros for the row tiles that a block does not have: no difference. Constant weights: 1 to 4 % less.
-//          EARLY_FLIGHT 2: steps of 16 texts 1.66 ms where 1 takes 1.60 to 1.62, of 32 1.84 where it takes 1.78 to 1.81. Behind attention,
-//          26 and 28 blocks instead of 24 and 36: 1.77 where these took 1.70; warps without a row tile that multiply all the same: 1.71
-//          where 1.66. 64 texts that do not wait for attention: 2.32 where those that do take 2.29 at 128, 2.76 where 2.86 at 1024.
-// Spills   8 bytes, 72 tokens with two scales a unit.
+//          by products of scales and sums of inputs: 19.5, 26.0, 48.8 where it was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns); the
+//          sums from a row tile of ones: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64, where it took 34.0, 36.9, 40.9, 54.1. Codes
+//          one unit ahead, not two: pairs of 36.8, 41.8, 51.5. Two ahead without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1.
+//          A layer, stages of six: EARLY_FLIGHT 2 37.8, 39.8, 42.3, 43.5 at 8, 16, 24, 32 where 36.0, 38.1, 42.8, 44.1. Warps without a row
+//          tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the branch; multiplying zeros instead of another
+//          tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts that do not wait for attention: 51.3, 57.8
+//          where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the next product's rings fill early: pairs of
+//          42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
+// Spills   4 bytes, 72 tokens with two scales a unit and zero points.
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
@@ -65,13 +80,9 @@ namespace {
 
 constexpr int WARPS = 12;                  // that multiply, one row tile each: three warpgroups
 constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
-constexpr int UNITS = 4;                   // of a stage
-constexpr int X_STAGES = 3;
-constexpr int AHEAD = 2;  // units a warp loads ahead of the one it unpacks
-static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
-constexpr int IN_FLIGHT = 3;  // stages of weights: more of them delay everybody else's loads, the activations' first of all
-constexpr int EARLY_FLIGHT = 1;  // before the inputs are there: norm and attention are at work then
-constexpr int EARLY_SHARE = 93;  // per cent of an even share of blocks, for slices that need not wait for attention
+constexpr int AHEAD = 2;                   // units a warp loads ahead of the one it unpacks
+constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
+constexpr int EARLY_FLIGHT = 1;  // stages, before the inputs are there: norm and attention are at work then
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
 
@@ -80,6 +91,10 @@ struct BatchShape {
     static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
     static constexpr bool ZEROS = ZEROS_;
     using Units = GptqUnits<SCALES, ZEROS>;
+    static constexpr int UNITS = TOKENS <= 64 ? 6 : 4;  // of a stage; six if three stages of weights fit
+    static constexpr int X_STAGES = TOKENS <= 40 || TOKENS > 64 ? 3 : 2;
+    static constexpr int IN_FLIGHT = UNITS_IN_FLIGHT / UNITS;
+    static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
     static constexpr int X_UNIT = TOKENS * TOKEN_BYTES;
     static constexpr int X_STAGE = UNITS * X_UNIT;
     static constexpr int W_TILE = UNITS * Units::BYTES;
@@ -91,66 +106,80 @@ struct BatchShape {
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
     static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 1) * 8;
     static_assert(W_STAGES >= IN_FLIGHT, "room for them");
+    // With 196 KB or less a multiprocessor has no more than that for shared memory while the block is there: attention would not fit.
+    static constexpr int ASKED_BYTES = BYTES > 200 * 1024 ? BYTES : 200 * 1024;
     using Sums = float[TOKENS / 8][4];
 };
 
-// Some of the slices, and how they are spread over blocks. The host does the divisions: a block asks for its first weights at once.
-struct Share {
-    uint32_t slices, blocks;
-    uint64_t tiles;       // row tiles of a block, in steps of 2^-32, rounded up
-    uint64_t reciprocal;  // 1 / slices, in such steps, rounded up
+// How the inputs are cut into slices, each of `units` units but the last, which has the rest. If attention writes the inputs from attn_unit
+// on, and the product begins before it has ended, every slice has its part of them, behind `early` units (whole stages) of those before;
+// the last slice, whose inputs are one run, has the first last_late of attention's. early == 0: every slice is one run.
+struct Slices {
+    uint32_t count, units, early = 0, attn_unit, last_late = 0;
 
-    Share(uint32_t slices, uint32_t row_tiles, uint32_t blocks_at_most) : slices(slices), blocks(0), tiles(0), reciprocal(0) {
-        if (!slices) return;
-        const uint32_t least = (row_tiles + WARPS - 1) / WARPS, parts = max(min(blocks_at_most / slices, row_tiles), least);
-        blocks = slices * parts;
-        tiles = (((uint64_t)row_tiles << 32) + parts - 1) / parts, reciprocal = ((1ull << 32) + slices - 1) / slices;
+    Slices(const GptqMatmulParams& p, uint32_t stage_units) : count(p.slices), attn_unit(p.attn_input / UNIT_INPUTS) {
+        const uint32_t k_units = p.w.k / UNIT_INPUTS;
+        units = (k_units + count - 1) / count;
+        const uint32_t others = count - 1, whole = attn_unit / count / stage_units * stage_units;
+        const uint32_t last = k_units - others * units, last_early = attn_unit - others * whole;
+        if (!p.ready || !others || whole > units || last_early > last) return;
+        early = whole, last_late = last - last_early;
     }
 };
 
 struct BatchParams {
     CUtensorMap x;  // [k units][tokens][64] f16
     GptqMatmulParams p;
-    uint32_t slice_units;
-    Share early, late;  // slices that need nothing of attention come first
+    Slices slices;
+    // The host does the divisions: a block asks for its first weights at once.
+    uint64_t tiles;       // row tiles of a block, in steps of 2^-32, rounded up
+    uint64_t reciprocal;  // 1 / slices, in such steps, rounded up
 };
 
 #if PEREGRINE_WGMMA
 
 template <class Shape>
 struct Barriers {
-    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[X_STAGES], x_empty[X_STAGES], inputs;
+    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[Shape::X_STAGES], x_empty[Shape::X_STAGES], inputs;
 };
 
-// What a block multiplies.
+// What a block multiplies: `count` units, of which `jump` stages begin at unit `first` and the others at unit `second`.
+template <class Shape>
 struct Span {
-    uint32_t slice, unit0, count, tile0, tiles;
-    bool late;  // needs attention
+    uint32_t slice, count, first, second = 0, jump = ~0u, tile0, tiles;
+    uint32_t late = 0;  // the first stage for which attention writes inputs
     __device__ __forceinline__ explicit Span(const BatchParams& g) {
-        const GptqMatmulParams& p = g.p;
-        late = blockIdx.x >= g.early.blocks;
-        const Share& share = late ? g.late : g.early;
-        const uint32_t block = late ? blockIdx.x - g.early.blocks : blockIdx.x;
-        const uint32_t part = (uint32_t)(block * share.reciprocal >> 32);
-        slice = block - part * share.slices + (late ? g.early.slices : 0);
-        unit0 = slice * g.slice_units;
-        count = min(g.slice_units, p.w.k / UNIT_INPUTS - unit0);
-        tile0 = (uint32_t)(part * share.tiles >> 32);
-        tiles = (uint32_t)((part + 1) * share.tiles >> 32) - tile0;
+        const Slices& s = g.slices;
+        const uint32_t part = (uint32_t)(blockIdx.x * g.reciprocal >> 32);
+        slice = blockIdx.x - part * s.count;
+        first = slice * (s.early ? s.early : s.units);
+        count = min(s.units, g.p.w.k / UNIT_INPUTS - slice * s.units);
+        if (s.early && slice + 1 < s.count) {
+            second = s.attn_unit + s.last_late + slice * (s.units - s.early);
+            late = jump = s.early / Shape::UNITS;
+        } else if (s.early) {
+            late = (s.attn_unit - first) / Shape::UNITS;
+        }
+        tile0 = (uint32_t)(part * g.tiles >> 32);
+        tiles = (uint32_t)((part + 1) * g.tiles >> 32) - tile0;
+    }
+    __device__ __forceinline__ uint32_t stages() const { return (count + Shape::UNITS - 1) / Shape::UNITS; }
+    // The first unit of a stage.
+    __device__ __forceinline__ uint32_t unit(uint32_t stage) const {
+        return stage < jump ? first + stage * Shape::UNITS : second + (stage - jump) * Shape::UNITS;
     }
     // Warps that multiply: whole warpgroups.
     __device__ __forceinline__ uint32_t warps() const { return min((tiles + 3) / 4 * 4, (uint32_t)WARPS); }
-    // The slice's units of the block's row tile i; of a tile that it has not, another's.
-    template <class Shape>
-    __device__ __forceinline__ const uint8_t* units(const GptqMatmulParams& p, uint32_t i) const {
-        return p.w.units + ((size_t)(tile0 + (i < tiles ? i : 0)) * (p.w.k / UNIT_INPUTS) + unit0) * Shape::Units::BYTES;
+    // The units of the block's row tile i; of a tile that it has not, another's.
+    __device__ __forceinline__ const uint8_t* row_tile(const GptqMatmulParams& p, uint32_t i) const {
+        return p.w.units + (size_t)(tile0 + (i < tiles ? i : 0)) * (p.w.k / UNIT_INPUTS) * Shape::Units::BYTES;
     }
 };
 
 template <class Shape>
-__device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
-    const uint8_t* from = s.units<Shape>(p, lane);
+__device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
+    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
+    const uint8_t* row_tile = s.row_tile(p, lane);
     // Shared addresses, once: each conversion would ask which block of its cluster this is.
     const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
     const uint32_t inputs = smem_address(&b.inputs);
@@ -159,30 +188,31 @@ __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const S
     bool there = false;    // the inputs are
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
-        if (waiting >= (there ? IN_FLIGHT : EARLY_FLIGHT)) {
+        if (waiting >= (there ? Shape::IN_FLIGHT : EARLY_FLIGHT)) {
             barrier_wait(full + arrived.slot * 8, arrived.parity);
             arrived.advance();
             waiting--;
             if (!there) there = barrier_test(inputs, 0);
         }
         waiting++;
-        const uint32_t bytes = min((uint32_t)UNITS, s.count - j * UNITS) * Shape::Units::BYTES;
+        const uint32_t bytes = min((uint32_t)Shape::UNITS, s.count - j * Shape::UNITS) * Shape::Units::BYTES;
         if (lane == 0) barrier_expect(full + place.slot * 8, s.tiles * bytes);
         __syncwarp();
+        const uint8_t* from = row_tile + (size_t)s.unit(j) * Shape::Units::BYTES;
         if (lane < s.tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
-        from += Shape::W_TILE;
         place.advance();
     }
 }
 
 template <class Shape>
-__device__ __forceinline__ void fetch_activations(const BatchParams& g, const Span& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t stages = (s.count + UNITS - 1) / UNITS;
-    Place<X_STAGES> place;
+__device__ __forceinline__ void fetch_activations(const BatchParams& g, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
+    const uint32_t stages = s.stages();
+    Place<Shape::X_STAGES> place;
     for (uint32_t j = 0; j < stages; j++) {
-        if (j >= X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
+        if (j >= Shape::X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
+        if (j == s.late) ready_wait_attention(g.p.ready);
         barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
-        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit0 + j * UNITS, &b.x_full[place.slot], L2_NORMAL);
+        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit(j), &b.x_full[place.slot], L2_NORMAL);
         place.advance();
     }
 }
@@ -190,9 +220,9 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
 // acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
 // AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
 template <class Shape>
-__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& s, __half2 factor, uint8_t* smem,
+__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<Shape>& s, __half2 factor, uint8_t* smem,
                                           Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = (s.count + UNITS - 1) / UNITS;
+    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
     const uint32_t x = smem_address(smem) / 16 | 1u << 16;
     uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
@@ -213,14 +243,14 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
     raw[0].unpack(a[0], factor);
 #pragma unroll
     for (int u = 1; u <= AHEAD; u++) load(u);
-    for (uint32_t j0 = 0; j0 < stages; j0 += X_STAGES, parity ^= 1) {
+    for (uint32_t j0 = 0; j0 < stages; j0 += Shape::X_STAGES, parity ^= 1) {
 #pragma unroll
-        for (int slot = 0; slot < X_STAGES; slot++) {
-            const uint32_t j = j0 + slot, units = s.count - j * UNITS;  // units that are left
+        for (int slot = 0; slot < Shape::X_STAGES; slot++) {
+            const uint32_t j = j0 + slot, units = s.count - j * Shape::UNITS;  // units that are left
             if (slot > 0 && j >= stages) break;
             barrier_wait(&b.x_full[slot], parity);
 #pragma unroll
-            for (int u = 0; u < UNITS; u++) {
+            for (int u = 0; u < Shape::UNITS; u++) {
                 if (u > 0 && u >= units) break;
                 uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
                 const uint32_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
@@ -233,14 +263,14 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span& 
 #pragma unroll
                 for (int i = 0; i < STEPS; i++)
                     asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
-                if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? X_STAGES - 1 : slot - 1]);
+                if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? Shape::X_STAGES - 1 : slot - 1]);
                 raw[(u + 1) % AHEAD].unpack(next, factor);
-                if (u + 2 == UNITS) {
+                if (u + 2 == Shape::UNITS) {
                     __syncwarp();
                     if (lane == 0) barrier_arrive(&b.w_empty[leaving]);
                     if (++leaving == Shape::W_STAGES) leaving = 0;
                 }
-                load((u + 1 + AHEAD) % UNITS);
+                load((u + 1 + AHEAD) % Shape::UNITS);
             }
         }
     }
@@ -269,10 +299,10 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
-    const Span s(g);
+    const Span<Shape> s(g);
     if (threadIdx.x == 0) {
         for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
-        for (int i = 0; i < X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
+        for (int i = 0; i < Shape::X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
         barrier_init(&b.inputs, 1);
         barrier_init_done();
     }
@@ -282,7 +312,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     } else if (warp > WARPS) {
         if (threadIdx.x % 32 == 0) {
             prefetch_map(g.x);
-            ready_wait(g.p.ready, s.late);
+            ready_wait(g.p.ready);
             overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);
@@ -313,24 +343,23 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const cuuint64_t k_units = p->w.k / UNIT_INPUTS;
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
-                              {UNIT_INPUTS, Shape::TOKENS, UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
-    const uint32_t row_tiles = p->w.n / UNIT_ROWS, slice_units = ((uint32_t)k_units + p->slices - 1) / p->slices;
-    const uint32_t early_slices = p->ready ? min(p->attn_input / (slice_units * UNIT_INPUTS), p->slices) : p->slices;
-    const uint32_t late_slices = p->slices - early_slices;
-    const uint32_t early_blocks = late_slices ? multiprocessors * early_slices / p->slices * EARLY_SHARE / 100 : multiprocessors;
-    const Share early(early_slices, row_tiles, early_blocks);
-    const Share late(late_slices, row_tiles, multiprocessors > early.blocks ? multiprocessors - early.blocks : 0);
-    BatchParams g = {{}, *p, slice_units, early, late};
+                              {UNIT_INPUTS, Shape::TOKENS, Shape::UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
+    const uint32_t row_tiles = p->w.n / UNIT_ROWS, least = (row_tiles + WARPS - 1) / WARPS;
+    const uint32_t parts = max(min(multiprocessors / p->slices, row_tiles), least);
+    const uint64_t tiles = (((uint64_t)row_tiles << 32) + parts - 1) / parts, reciprocal = ((1ull << 32) + p->slices - 1) / p->slices;
+    BatchParams g = {{}, *p, Slices(*p, Shape::UNITS), tiles, reciprocal};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(early.blocks + late.blocks), THREADS, Shape::BYTES, l, g);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::ASKED_BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>
 int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     if (p->tokens <= 8) return run<BatchShape<SCALES, ZEROS, 8>>(p, l, multiprocessors);
     if (p->tokens <= 16) return run<BatchShape<SCALES, ZEROS, 16>>(p, l, multiprocessors);
+    if (p->tokens <= 24) return run<BatchShape<SCALES, ZEROS, 24>>(p, l, multiprocessors);
     if (p->tokens <= 32) return run<BatchShape<SCALES, ZEROS, 32>>(p, l, multiprocessors);
+    if (p->tokens <= 40) return run<BatchShape<SCALES, ZEROS, 40>>(p, l, multiprocessors);
     if (p->tokens <= 48) return run<BatchShape<SCALES, ZEROS, 48>>(p, l, multiprocessors);
     if (p->tokens <= 64) return run<BatchShape<SCALES, ZEROS, 64>>(p, l, multiprocessors);
     static_assert(PEREGRINE_BATCH_TOKENS == 72, "the widest");

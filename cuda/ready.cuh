@@ -33,12 +33,22 @@ __device__ __forceinline__ void ready_patience(uint32_t& tries) {
     if (++tries == 1 << 23) asm volatile("trap;");
 }
 
-// By the thread that reads the product's inputs, or has the copy engine read them. Without words it waits for all that was before.
-__device__ __forceinline__ void ready_wait(const uint32_t* ready, bool for_attention) {
+// By the thread that reads the product's inputs, or has the copy engine read them: before the first. Without words it waits for all that
+// was before.
+__device__ __forceinline__ void ready_wait(const uint32_t* ready) {
     if (!ready) return wait_previous();
-    uint32_t blocks, tries = 0;
-    while (!(blocks = load_acquire(ready))) ready_patience(tries);
-    while (for_attention && load_acquire(ready + 1) != blocks) ready_patience(tries);
+    uint32_t tries = 0;
+    while (!load_acquire(ready)) ready_patience(tries);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+// After that, and before the first of attention's.
+__device__ __forceinline__ void ready_wait_attention(const uint32_t* ready) {
+    if (!ready) return;
+    const uint32_t blocks = load_acquire(ready);
+    uint32_t tries = 0;
+    while (load_acquire(ready + 1) != blocks) ready_patience(tries);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif

@@ -1,5 +1,5 @@
-// row_factors — of each row of a matrix in units, the power of two by which gptq_batch brings its scales near the top of f16, so that a
-// code that is an f16 subnormal times the scale is a normal number.   Reference: src/repack.rs::row_factors
+// row_factors — of each row of a matrix in units, the power of two by which gptq_batch and gptq_gemm bring its scales near the top of f16, so
+// that a code that is an f16 subnormal times the scale is a normal number.   Reference: src/repack.rs::row_factors
 // Shapes   n % 16 == 0, k % 64 == 0.   Reads the scales of all units: 17 sectors apart.   Writes [n / 16][8] half2, rows g and g + 8.
 // Numbers  the square root is stored, for f16 does not reach 2^23: the largest scale times the factor twice lies in [2^13, 2^15). A row of
 //          zeros has factor 1; of scales below 2^-17 the factor is 2^15, the largest.

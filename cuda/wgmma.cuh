@@ -42,7 +42,9 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 #define WGMMA_64(j) WGMMA_32(j), WGMMA_32(j + 8)
 #define WGMMA_D4 "%0,%1,%2,%3"
 #define WGMMA_D8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define WGMMA_D12 WGMMA_D8 ",%8,%9,%10,%11"
 #define WGMMA_D16 WGMMA_D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define WGMMA_D20 WGMMA_D16 ",%16,%17,%18,%19"
 #define WGMMA_D24 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define WGMMA_D32 WGMMA_D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define WGMMA_D36 WGMMA_D32 ",%32,%33,%34,%35"
@@ -59,7 +61,9 @@ __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sy
 
 WGMMA_OP(8, WGMMA_D4, "%4,%5,%6,%7", "%8", "%9", WGMMA_4(0))
 WGMMA_OP(16, WGMMA_D8, "%8,%9,%10,%11", "%12", "%13", WGMMA_8(0))
+WGMMA_OP(24, WGMMA_D12, "%12,%13,%14,%15", "%16", "%17", WGMMA_8(0), WGMMA_4(2))
 WGMMA_OP(32, WGMMA_D16, "%16,%17,%18,%19", "%20", "%21", WGMMA_16(0))
+WGMMA_OP(40, WGMMA_D20, "%20,%21,%22,%23", "%24", "%25", WGMMA_16(0), WGMMA_4(4))
 WGMMA_OP(48, WGMMA_D24, "%24,%25,%26,%27", "%28", "%29", WGMMA_16(0), WGMMA_8(4))
 WGMMA_OP(64, WGMMA_D32, "%32,%33,%34,%35", "%36", "%37", WGMMA_32(0))
 WGMMA_OP(72, WGMMA_D36, "%36,%37,%38,%39", "%40", "%41", WGMMA_32(0), WGMMA_4(8))

@@ -106,7 +106,7 @@ pub fn gptq_repack(
     out
 }
 
-/// Of each row of a matrix in units the f16 by which `gptq_batch` multiplies its scales twice: a power of two, such that the largest
+/// Of each row of a matrix in units the f16 by which `gptq_batch` and `gptq_gemm` multiply its scales twice: a power of two, such that the largest
 /// comes to 2^13 at least and stays below 2^15. `[n / 16][8][2]`, rows g and g + 8: what the kernel `row_factors` writes. A row of zeros has
 /// 1; tiny rows have 2^15, which is too little for them.
 #[must_use]

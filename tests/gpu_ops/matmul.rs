@@ -152,7 +152,7 @@ fn gptq_gemv_matches_reference() {
 fn gptq_batch_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
     let mut random = Random::new(12);
-    let tokens = [1, 5, 8, 9, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64, 65, 71, 72];
+    let tokens = [1, 5, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 41, 48, 49, 63, 64, 65, 71, 72];
     for format in FORMATS {
         let q = Quantised::new(&mut random, 448, 320, format);
         check_partials(&stream, MatmulKernel::Batch, &q, 22, &tokens);

@@ -317,7 +317,8 @@ pub fn gptq_repack(
     call!(gptq_repack, stream, params)
 }
 
-/// `row_factors`: sets those of `w`, of which all parts are there. Before that `gptq_batch` gives zeros.
+/// `row_factors`: sets those of `w`, of which all parts are there. Before that `gptq_batch` and
+/// `gptq_gemm` give no sums.
 #[allow(unsafe_code)]
 pub fn row_factors(stream: &Stream, w: &mut Int4Matrix) -> Result<()> {
     let matrix = w.params("row_factors", stream, &(0..w.n))?;
