@@ -2,7 +2,8 @@
 //
 // A decode step's stream runs [qkv ; up], attention, [down | dense]. `down` needs the first product alone, which is complete when
 // attention's wait_previous() returns; `dense` needs attention. So [down | dense] does not wait for its predecessor, but for these words:
-//   word 0   how many blocks attention has that work; the first of them writes it when what stands before attention is complete
+//   word 0   how many parts of attention there are, each a head tile of a token's keys or of some of them; a thread of the first block
+//            writes it when what stands before attention is complete
 //   word 1   how many of them are done
 //   word 2   how many blocks of the product have no more use for the words; the last one clears all: zero before and after
 // Nothing is kept from running by what waits for it: a block of the product begins when every block of attention has begun
@@ -20,10 +21,10 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* word) {
 }
 
 // By one thread of one block of attention, after wait_previous().
-__device__ __forceinline__ void ready_begin(uint32_t* ready, uint32_t blocks) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(ready), "r"(blocks) : "memory");
+__device__ __forceinline__ void ready_begin(uint32_t* ready, uint32_t parts) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(ready), "r"(parts) : "memory");
 }
-// By one thread of each of those blocks, behind all that the block has written.
+// By one thread for each of those parts, behind all that was written for it.
 __device__ __forceinline__ void ready_end(uint32_t* ready) {
     if (ready) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(ready + 1) : "memory");
 }
@@ -46,9 +47,9 @@ __device__ __forceinline__ void ready_wait(const uint32_t* ready) {
 // After that, and before the first of attention's.
 __device__ __forceinline__ void ready_wait_attention(const uint32_t* ready) {
     if (!ready) return;
-    const uint32_t blocks = load_acquire(ready);
+    const uint32_t parts = load_acquire(ready);
     uint32_t tries = 0;
-    while (load_acquire(ready + 1) != blocks) ready_patience(tries);
+    while (load_acquire(ready + 1) != parts) ready_patience(tries);
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
