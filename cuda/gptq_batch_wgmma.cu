@@ -8,7 +8,7 @@
 //          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
 // Columns  8, 16, 24, 32, 40, 48, 64 or 72 tokens.
-// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 213 of its 227 KB, so that norm and attention lie beside it and the next
+// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 200 to 214 of its 227 KB, so that norm and attention lie beside it and the next
 //          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
 //          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the
 //          inputs are there it is EARLY_FLIGHT of them.
