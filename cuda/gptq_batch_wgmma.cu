@@ -8,10 +8,10 @@
 //          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
 // Columns  8, 16, 24, 32, 40, 48, 64 or 72 tokens.
-// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 200 to 214 of its 227 KB, so that norm and attention lie beside it and the next
-//          product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for at a
-//          time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the
-//          inputs are there it is EARLY_FLIGHT of them.
+// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 200 to 214 of its 227 KB, so that norm and attention lie beside it and
+//          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
+//          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
+//          the inputs are there it is EARLY_FLIGHT of them.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
 //          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
 //          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
