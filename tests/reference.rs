@@ -1,8 +1,9 @@
 //! The reference against hand-computed cases and against loops plainer still.
 
 use peregrine::checkpoint::{FloatTensor, FloatType, GptqTensor};
-use peregrine::layout::{f16_to_f32, f32_to_f16};
+use peregrine::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
 use peregrine::reference;
+use peregrine::repack::row_factors;
 
 /// Numbers without a pattern, the same every run (xorshift).
 struct Random(u64);
@@ -357,4 +358,34 @@ fn add_and_argmax() {
     assert_eq!(reference::argmax(&[f32::NEG_INFINITY]), Some(0));
     assert_eq!(reference::argmax(&[f32::NAN]), None);
     assert_eq!(reference::argmax(&[]), None);
+}
+
+/// Of a row's largest scale: 1, 2 (whose product with 2^7 twice would be 2^15), the largest and the least f16, a negative one, none.
+#[test]
+fn row_factors_by_hand() {
+    let (k, unit_bytes) = (2 * UNIT_INPUTS, UNIT_CODE_BYTES + UNIT_ROWS * 2);
+    let mut units = vec![0u8; 2 * unit_bytes];
+    let mut set = |unit: usize, row: usize, scale: f32| {
+        // Rows g and g + 8 are a pair.
+        let at = unit * unit_bytes + UNIT_CODE_BYTES + (row % 8 * 2 + row / 8) * 2;
+        units[at..at + 2].copy_from_slice(&f32_to_f16(scale).to_le_bytes());
+    };
+    set(0, 0, 0.25);
+    set(1, 0, 1.0);
+    set(0, 8, 2.0);
+    set(1, 1, 65504.0);
+    set(0, 9, 2f32.powi(-24));
+    set(0, 15, -0.0078125); // -2^-7: 2^-7 x 2^20 = 2^13, and 2^21 twice would be 2^15
+    let factors = row_factors(&units, k, 1, false);
+    let want = |row: usize| match row {
+        0 => 128.0,
+        8 => 64.0,
+        1 => 0.5,
+        9 => 32768.0,
+        15 => 1024.0,
+        _ => 1.0,
+    };
+    let got: Vec<f32> = factors.iter().map(|&f| f16_to_f32(f)).collect();
+    let want: Vec<f32> = (0..8).flat_map(|g| [g, g + 8]).map(want).collect();
+    assert_eq!(got, want);
 }
