@@ -38,7 +38,7 @@
 //          nothing of the whole. Of 231 us: the barrier as the head of the loop, with one basic block a unit, 13 more; waiting for it a
 //          step earlier, to load scales sooner, 5 more; arriving one, two steps later 2, 6 more; four units a turn 2 more; a pointer for
 //          each copy 0. Rows' factors cost 2 %, four multiplications a unit: with units that hold the scales multiplied it would be 225.
-// Spills   2 registers, outside the loop over units.
+// Spills   up to 4 registers with groups of 32 or zero points, outside the loop over units.
 #include "bulk.cuh"
 #include "gemm_plan.cuh"
 #include "launch.cuh"
