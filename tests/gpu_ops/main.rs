@@ -18,3 +18,4 @@ mod kit;
 mod matmul;
 mod rows;
 mod sampling;
+mod units;

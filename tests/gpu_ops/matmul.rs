@@ -1,4 +1,4 @@
-//! gptq_repack, row_factors, gptq_gemv, gptq_batch, gptq_gemm, head, table_repack, unpack_check.
+//! gptq_gemv, gptq_batch, gptq_gemm, head, table_repack.
 
 use peregrine::checkpoint::{FloatTensor, FloatType};
 use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput, StepTokens, Table};
@@ -23,46 +23,6 @@ const BATCH_TOLERANCE: f64 = 1.2e-5;
 const GEMM_TOLERANCE: f64 = 5.6e-5;
 /// The same rounded to f16: 2^-11 / sqrt(3) = 2.8e-4 at most. Measured: 2.2e-4.
 const F16_TOLERANCE: f64 = 3e-4;
-
-#[test]
-fn unpack_check_finds_subnormals_exact() {
-    let Some((_, stream)) = gpu() else { return };
-    assert_eq!(ops::unpack_check(&stream).unwrap(), 0);
-}
-
-#[test]
-fn gptq_repack_matches_reference() {
-    let Some((_, stream)) = gpu() else { return };
-    let mut random = Random::new(1);
-    for format in FORMATS {
-        for (n, k) in [(16, 128), (448, 320), (4672, 4544)] {
-            let q = Quantised::new(&mut random, n, k, format);
-            let matrix = repack(&stream, n, k, &[(&q, 0, 0)]);
-            let order = InputOrder::of(&q.tensor()).unwrap();
-            let want = repack::gptq_repack(&q.tensor(), &order, matrix.scales_per_row, matrix.has_zeros);
-            let got = matrix.units.download(&stream, 0, matrix.units.len()).unwrap();
-            assert!(got == want, "{format:?} [{n}, {k}]");
-        }
-    }
-}
-
-/// Rows whose largest scale is any f16: as drawn, times all that leaves them f16, and zero.
-#[test]
-fn row_factors_match_reference() {
-    let Some((_, stream)) = gpu() else { return };
-    let mut random = Random::new(12);
-    for format in FORMATS {
-        for (n, k) in [(16, 64), (448, 320), (4672, 4544)] {
-            let mut q = Quantised::new(&mut random, n, k, format);
-            q.scale_outputs(|row| if row % 41 == 40 { 0.0 } else { 2f32.powi(row as i32 % 40 - 18) });
-            let matrix = repack(&stream, n, k, &[(&q, 0, 0)]);
-            let units = matrix.units.download(&stream, 0, matrix.units.len()).unwrap();
-            let want = repack::row_factors(&units, k, matrix.scales_per_row, matrix.has_zeros);
-            let got = matrix.row_factors.download(&stream, 0, n).unwrap();
-            assert!(got == want, "{format:?} [{n}, {k}]");
-        }
-    }
-}
 
 /// x as the matrix wants it: gathered when there is act-order.
 fn gathered(x: &[u16], k: usize, q: &Quantised) -> Vec<u16> {
@@ -163,7 +123,7 @@ fn gptq_batch_matches_reference() {
     }
     for (n, k) in [(4544, 22720), (22848, 4544)] {
         let q = Quantised::new(&mut random, n, k, G64);
-        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[8, 9, 17, 33, 49, 72]);
+        check_partials(&stream, MatmulKernel::Batch, &q, 24, &[8, 9, 17, 32, 33, 48, 49, 72]);
     }
 }
 
