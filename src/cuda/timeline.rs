@@ -12,8 +12,8 @@ use crate::gpu::ops::HEAD_TOKENS;
 use crate::sampler::{Sampled, Sampling};
 use crate::speculate::Tally;
 
-/// Prompts for which Falcon-7B takes each size of tile of `gptq_gemm`, each of `gptq_batch`, and `gptq_gemv`.
-const WARM_UP_TOKENS: [usize; 15] = [512, 192, 160, 144, 128, 112, 96, 80, 65, 49, 33, 17, 9, 5, 1];
+/// Prompts for which Falcon-7B takes each size of tile of `gptq_gemm`, each number of columns of `gptq_batch`, and `gptq_gemv`.
+const WARM_UP_TOKENS: [usize; 17] = [512, 192, 160, 144, 128, 112, 96, 80, 65, 49, 41, 33, 25, 17, 9, 5, 1];
 
 /// A generation under way.
 struct Running {
