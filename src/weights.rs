@@ -7,13 +7,13 @@
 //! Raw tensors of one matrix at a time lie in one scratch buffer (45 MB for Falcon-7B), so GPU memory never holds the weights
 //! twice. Resident: 110 MB a layer and 591 MB for the table that embedding and head share.
 
-use crate::checkpoint::{Checkpoint, FloatTensor, FloatType, GptqTensor, NormTensors};
+use crate::checkpoint::{Checkpoint, FloatTensor, GptqTensor, NormTensors};
 use crate::error::{Error, Result};
 use crate::gpu::context::Event;
 use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
 use crate::gpu::{DevBuf, Gpu, Staging, Stream, total_time};
 use crate::inspect;
-use crate::layout::{UNIT_ROWS, f32_to_f16};
+use crate::layout::UNIT_ROWS;
 use crate::reference;
 use crate::repack::InputOrder;
 use crate::timing::LoadTimes;
@@ -217,7 +217,7 @@ impl<'a> Loader<'a> {
         for (i, part) in tensor.bytes.chunks(Staging::HALF_BYTES / 2 * size).enumerate() {
             let (threads, bytes) = (self.threads, part.len() / size * 2);
             self.staging.copy(self.stream, &mut self.raw, at + i * Staging::HALF_BYTES, bytes, |host| {
-                each_part(host, part, threads, 2, size, |to, from| to_f16(tensor.dtype, to, from));
+                each_part(host, part, threads, 2, size, |to, from| tensor.dtype.fill_f16(to, from));
             })?;
             self.advance(bytes);
         }
@@ -231,9 +231,9 @@ impl<'a> Loader<'a> {
         for first in (0..vocab).step_by(rows_at_once.max(UNIT_ROWS)) {
             let rows = rows_at_once.max(UNIT_ROWS).min(vocab - first);
             self.upload_f16(0, table.rows(first, rows))?;
-            let before = self.stream.record(true)?;
-            ops::table_repack(self.stream, &self.raw, rows, hidden, &mut units, first)?;
-            self.repacks.push((before, self.stream.record(true)?));
+            timed(self.stream, &mut self.repacks, || {
+                ops::table_repack(self.stream, &self.raw, rows, hidden, &mut units, first)
+            })?;
         }
         Ok(Table { units, vocab, hidden })
     }
@@ -256,12 +256,12 @@ impl<'a> Loader<'a> {
         let mut qkv_up = self.matrix(qkv.n + up.n, qkv.k, [(qkv, &qkv_order), (up, &up_order)])?;
         self.repack(qkv, &qkv_order, &mut qkv_up, 0, 0)?;
         self.repack(up, &up_order, &mut qkv_up, qkv.n, 0)?;
-        self.row_factors(&mut qkv_up)?;
+        timed(self.stream, &mut self.repacks, || ops::row_factors(self.stream, &mut qkv_up))?;
         let mut down_dense =
             self.matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?;
         self.repack(down, &down_order, &mut down_dense, 0, 0)?;
         self.repack(dense, &dense_order, &mut down_dense, 0, down.k)?;
-        self.row_factors(&mut down_dense)?;
+        timed(self.stream, &mut self.repacks, || ops::row_factors(self.stream, &mut down_dense))?;
 
         let qkv_up_bias = (qkv.bias.is_some() || up.bias.is_some()).then(|| {
             let part = |w: &GptqTensor<'_>| w.bias.map_or(vec![0.0; w.n], |b| b.to_f32());
@@ -334,19 +334,20 @@ impl<'a> Loader<'a> {
             groups: w.groups(),
             zero_offset: w.zero_offset,
         };
-        let before = self.stream.record(true)?;
-        ops::gptq_repack(self.stream, &raw, to, row0, input0)?;
-        self.repacks.push((before, self.stream.record(true)?));
-        Ok(())
+        timed(self.stream, &mut self.repacks, || ops::gptq_repack(self.stream, &raw, to, row0, input0))
     }
+}
 
-    /// After the parts of a matrix.
-    fn row_factors(&mut self, w: &mut Int4Matrix) -> Result<()> {
-        let before = self.stream.record(true)?;
-        ops::row_factors(self.stream, w)?;
-        self.repacks.push((before, self.stream.record(true)?));
-        Ok(())
-    }
+/// Launches a kernel between two events.
+fn timed(
+    stream: &Stream,
+    spans: &mut Vec<(Event, Event)>,
+    launch: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let before = stream.record(true)?;
+    launch()?;
+    spans.push((before, stream.record(true)?));
+    Ok(())
 }
 
 /// The order of the inputs `[down | dense]`, if either has one.
@@ -382,21 +383,4 @@ fn each_part(
             fill(to, from);
         }
     });
-}
-
-/// Little-endian values of `dtype` to little-endian f16, rounded to nearest even. The range was checked at open.
-fn to_f16(dtype: FloatType, to: &mut [u8], from: &[u8]) {
-    match dtype {
-        FloatType::F16 => to.copy_from_slice(from),
-        FloatType::F32 => {
-            for (to, b) in to.chunks_exact_mut(2).zip(from.chunks_exact(4)) {
-                to.copy_from_slice(&f32_to_f16(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_le_bytes());
-            }
-        }
-        FloatType::BF16 => {
-            for (to, b) in to.chunks_exact_mut(2).zip(from.chunks_exact(2)) {
-                to.copy_from_slice(&f32_to_f16(f32::from_le_bytes([0, 0, b[0], b[1]])).to_le_bytes());
-            }
-        }
-    }
 }

@@ -26,6 +26,26 @@ impl FloatType {
         }
     }
 
+    /// Values of this type to f16, rounded to nearest even. The range was checked at open.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn fill_f16(self, to: &mut [u8], from: &[u8]) {
+        match self {
+            FloatType::F16 => to.copy_from_slice(from),
+            FloatType::F32 => {
+                for (to, b) in to.chunks_exact_mut(2).zip(from.chunks_exact(4)) {
+                    to.copy_from_slice(
+                        &f32_to_f16(f32::from_le_bytes([b[0], b[1], b[2], b[3]])).to_le_bytes(),
+                    );
+                }
+            }
+            FloatType::BF16 => {
+                for (to, b) in to.chunks_exact_mut(2).zip(from.chunks_exact(2)) {
+                    to.copy_from_slice(&f32_to_f16(f32::from_le_bytes([0, 0, b[0], b[1]])).to_le_bytes());
+                }
+            }
+        }
+    }
+
     /// `F32`, `F16` or `BF16`, as safetensors writes it.
     #[must_use]
     pub fn name(self) -> &'static str {
