@@ -174,7 +174,7 @@ __device__ __forceinline__ void store_tiles(const GemmParams& g, const Ring<Shap
     }
 }
 
-// Raw::unpack, spelled out: through that ptxas orders the loop otherwise, which was not measured.
+// unpack_weights, spelled out: through that ptxas orders the loop otherwise, which was not measured.
 template <class Shape>
 __device__ __forceinline__ void unpack(const typename Shape::Units::Raw& raw, uint32_t (&a)[STEPS][4]) {
     const uint32_t words[4] = {raw.codes.x, raw.codes.y, raw.codes.z, raw.codes.w};

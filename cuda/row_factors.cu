@@ -4,6 +4,7 @@
 // Numbers  the square root is stored, for f16 does not reach 2^23: the largest scale times the factor twice lies in [2^13, 2^15). A row of
 //          zeros has factor 1; of scales below 2^-17 the factor is 2^15, the largest.
 // Mapping  one block a row tile, 8 lanes a unit. Runs once a matrix at load, when all parts of the matrix are there.
+// Cost     3.2 MB of a matrix's 55, a sector of each unit; not measured apart.
 #include "launch.cuh"
 #include "units.cuh"
 

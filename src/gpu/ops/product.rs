@@ -109,7 +109,7 @@ pub enum MatmulKernel {
 }
 
 impl MatmulKernel {
-    /// The fastest for the products of a prompt of so many tokens. 5 to 8 take 34 us a layer by `gptq_batch` on an H200, where `gptq_gemv`
+    /// The fastest for the products of a prompt of so many tokens. 5 to 8 take 33 us a layer by `gptq_batch` on an H200, where `gptq_gemv`
     /// takes 51 for 8.
     #[must_use]
     pub fn of_prompt(tokens: usize) -> MatmulKernel {
