@@ -40,7 +40,7 @@
 // Short    not at the speed of memory: what a warp issues adds to what the tensor cores take. Cycles of a stage of four units, traced:
 //          1400 at 16 tokens, 1570 at 32, 1940 at 64; products alone are 630, 770, 1540, memory some 1200 by reckoning. Waiting for
 //          products is over at once (30 to 90 a stage), those for weights and activations take 100 and 75, little more than barriers that
-//          are passed; asked ahead of time it was no faster. A unit is 67 instructions of a warp, unpacking 37, and 8 for descriptors. Why
+//          are passed; asked ahead of time it was no faster. A unit is 60 instructions of a warp, unpacking 39, and 12 for descriptors. Why
 //          stages of six are that much better, and of eight no more, is not understood: copies are longer, stages fewer.
 // Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
 //          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
@@ -280,15 +280,12 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
         asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
 }
 
-// The sums of weights that unpack_scaled gave.
 template <class Shape>
-__device__ __forceinline__ void undo_factor(typename Shape::Sums& acc, __half2 factor) {
-    const float2 f = __half22float2(factor);
-    const float low = CODE_LOW_SCALE / (f.x * f.x), high = CODE_HIGH_SCALE / (f.y * f.y);
+__device__ __forceinline__ void scale_sums(typename Shape::Sums& acc, float2 by) {
 #pragma unroll
     for (int n = 0; n < Shape::TOKENS / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc[n][e] *= e < 2 ? low : high;
+        for (int e = 0; e < 4; e++) acc[n][e] *= e < 2 ? by.x : by.y;
 }
 
 #endif
@@ -326,7 +323,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         const __half2 factor = as_half2(warp < s.tiles ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
         multiply<Shape>(acc, s, factor, smem, b);
         if (warp >= s.tiles) return;
-        undo_factor<Shape>(acc, factor);
+        scale_sums<Shape>(acc, undo_factor(factor));
         uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
         const float* b = g.p.y.bias ? g.p.y.bias + row + lane / 4 : nullptr;
         const float2 bias = b ? make_float2(b[0], b[8]) : make_float2(0.f, 0.f);

@@ -56,8 +56,8 @@ struct RowScale {
     float by[2] = {1.f, 1.f}, bias[2] = {};
     __device__ __forceinline__ RowScale(const GptqMatmulParams& p, uint32_t row, bool biased) {
         if (SCALED) {
-            const float2 f = __half22float2(row_factor(p.w, row / UNIT_ROWS));
-            by[0] = CODE_LOW_SCALE / (f.x * f.x), by[1] = CODE_HIGH_SCALE / (f.y * f.y);
+            const float2 undo = undo_factor(row_factor(p.w, row / UNIT_ROWS));
+            by[0] = undo.x, by[1] = undo.y;
         }
         if (biased && row < p.w.n) bias[0] = p.y.bias[row + threadIdx.x % 32 / 4], bias[1] = p.y.bias[row + threadIdx.x % 32 / 4 + 8];
     }

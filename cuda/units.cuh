@@ -110,6 +110,12 @@ __device__ __forceinline__ __half2 subnormal_offset(__half2 scale, __half2 zero)
     return __hmul2(ZEROS ? zero : scale, as_half2(ZEROS ? 0x80108001u : 0x80808008u));  // -(2^-24, 2^-20), 8 times that
 }
 
+// What sums of unpack_scaled's weights are multiplied by, rows g and g + 8; `factor` is what their scales were multiplied by twice.
+__device__ __forceinline__ float2 undo_factor(__half2 factor) {
+    const float2 f = __half22float2(factor);
+    return make_float2(CODE_LOW_SCALE / (f.x * f.x), CODE_HIGH_SCALE / (f.y * f.y));
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]; lane l holds c rows l/4 (c0, c1) and l/4 + 8 (c2, c3), columns 2 (l%4), + 1.
