@@ -197,7 +197,7 @@ mod cuda {
         }
         let mut random = Random::new(7);
         let sets = [products_of_layer(s, &mut random)?, products_of_layer(s, &mut random)?];
-        let table = kit::table(s, VOCAB, HIDDEN)?.1;
+        let table = kit::table(s, VOCAB, HIDDEN, true)?.1;
         let norm = Norm {
             weight: DevBuf::from_host(s, "weight", &[1.0; HIDDEN])?,
             bias: DevBuf::zeros(s, "bias", HIDDEN)?,

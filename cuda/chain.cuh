@@ -4,7 +4,7 @@
 // f32. On sm_90a four warps share wgmma, elsewhere a warp loads activations by ldmatrix for mma.sync; the accumulators c[n][e] are the
 // same: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
 #pragma once
-#include "units.cuh"
+#include "packed.cuh"
 #include "wgmma.cuh"
 
 constexpr int TOKEN_BYTES = UNIT_INPUTS * 2;  // of a unit's inputs
@@ -61,23 +61,21 @@ struct GptqUnits {
     }
 };
 
-// f16 units.
+// Units of a table, see TableWords.
+template <bool PACKED_>
 struct TableUnits {
-    static constexpr int BYTES = TABLE_UNIT_BYTES;
+    static constexpr bool PACKED = PACKED_;
+    static constexpr int BYTES = table_unit_bytes(PACKED);
     static constexpr int RUNS = 1;
     struct Raw {
-        uint4 v[STEPS];
-
-        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) {
-#pragma unroll
-            for (int s = 0; s < STEPS; s++) v[s] = *reinterpret_cast<const uint4*>(unit + s * 512 + lane * 16);
-        }
+        TableWords<PACKED> words;
+        __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) { words.load(unit, lane); }
     };
     uint32_t a[STEPS][4];
 
     __device__ __forceinline__ void unpack(const Raw& raw) {
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) a[s][0] = raw.v[s].x, a[s][1] = raw.v[s].y, a[s][2] = raw.v[s].z, a[s][3] = raw.v[s].w;
+        for (int s = 0; s < STEPS; s++) raw.words.unpack(s, a[s]);
 #pragma unroll
         for (int s = 0; s < STEPS; s++) asm volatile("" : "+r"(a[s][0]), "+r"(a[s][1]), "+r"(a[s][2]), "+r"(a[s][3]));
     }

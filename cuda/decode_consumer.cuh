@@ -36,7 +36,7 @@ __device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* a
     poll(p, Awaited::WIDE, layer, glance, load);
 }
 
-template <bool ZEROS, int TILES>
+template <bool ZEROS, bool PACKED, int TILES>
 struct Consumer {
     using S = Shared<ZEROS>;
     using Inputs = FixedInputs<WARP_UNITS, TILES>;
@@ -261,7 +261,7 @@ struct Consumer {
         x.set_one(pieces, own_inputs(), lane());
     }
 
-    // Strips of the head's f16 table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
+    // Strips of the head's table. Each warp's units are a stage of their own, and a stage is always the same warp's: else a warp
     // could take the phase before the last for the one it waits for.
     __device__ __forceinline__ void head(const Words& b) {
         const uint32_t group = warp() / GROUP_WARPS, warps = readers(p, group), turns = S::DEPTH / warps * warps;
@@ -272,21 +272,27 @@ struct Consumer {
             const uint32_t stage = stage_of(p, turn, group), from = address(shared.ring[0][0]) + stage * S::STAGE_BYTES + lane() * 16;
             barrier_wait(address(shared.full[0]) + stage * 8, phases >> turn & 1);
             float acc[4] = {0.f, 0.f, 0.f, 0.f};
+            // In place of a unit that is not there any other, which is not added.
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++) {
-                // A chain of one unit, then an f32 add: the tensor core's own adds truncate. In place of a unit that is not there any
-                // other, which is not added.
-                const uint32_t unit = from + (i < units() ? i * TABLE_UNIT_BYTES : 0);
+                if (PACKED) __syncwarp();  // for the compiler: there are no registers for more of them
+                const uint32_t unit = from + (i < units() ? i * table_unit_bytes(PACKED) : 0);
+                TableWords<PACKED> words;
+#pragma unroll
+                for (int j = 0; j < TableWords<PACKED>::COUNT; j++) words.v[j] = load_shared16(unit + j * 512);
+                // A chain of one unit, then an f32 add: the tensor core's own adds truncate.
                 float c[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
                 for (int s = 0; s < STEPS; s++) {
-                    const uint4 a = load_shared16(unit + s * 512);
-                    const uint32_t words[4] = {a.x, a.y, a.z, a.w};
-                    mma(c, words, b[i][2 * s], b[i][2 * s + 1]);
+                    uint32_t a[4];
+                    words.unpack(s, a);
+                    mma(c, a, b[i][2 * s], b[i][2 * s + 1]);
                 }
 #pragma unroll
                 for (int j = 0; j < 4; j++) acc[j] += i < units() ? c[j] : 0.f;
             }
+#pragma unroll
+            for (int j = 0; j < 4; j++) acc[j] *= table_scale(PACKED);
             barrier_wait(sums_empty(), slot_phase ^ 1);
             const uint32_t token = lane() % 4 * 2;
             if (token < tokens) put(sums_of(token, thread), acc[0], acc[2]);
@@ -307,7 +313,7 @@ struct Consumer {
         for (uint32_t i = thread; i < tokens * p.hidden / 2; i += threads) {
             const uint32_t m = i / (p.hidden / 2), pair = i % (p.hidden / 2);
             const uint32_t id = load_relaxed(&p.step->token[m].id);
-            const float2 v = table_pair(p.embedding, id < p.vocab ? id : 0, pair, p.hidden);
+            const float2 v = table_pair(p.embedding, p.embedding_packed, id < p.vocab ? id : 0, pair, p.hidden);
             add_relaxed(residual + (size_t)m * p.hidden + 2 * pair, contribution(v.x));
             add_relaxed(residual + (size_t)m * p.hidden + 2 * pair + 1, contribution(v.y));
         }

@@ -9,12 +9,13 @@
 #pragma once
 #include "decode_plan.cuh"
 #include "launch.cuh"
+#include "packed.cuh"
 
 namespace {
 
 // Lane g keeps the ring of group g full: a lane that filled all, one after the other, took 400 cycles a stage and could not catch up
 // after a wait.
-template <bool ZEROS>
+template <bool ZEROS, bool PACKED>
 struct Producer {
     using S = Shared<ZEROS>;
     const Args& p;
@@ -59,6 +60,7 @@ struct Producer {
     // The head: a stage for each warp of the group.
     __device__ __forceinline__ void head() {
         const uint32_t first_warp = group() * GROUP_WARPS, warps = readers(p, group());
+        constexpr uint32_t UNIT_BYTES = table_unit_bytes(PACKED);
         turns = S::DEPTH / warps * warps;
         uint32_t phases = turn_phases(turn, phase), behind = 0, in_flight = 0;  // the oldest stage asked for, and how many there are
         turn = 0;
@@ -69,12 +71,12 @@ struct Producer {
         };
         for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x)
             for (uint32_t w = first_warp; w < first_warp + warps; w++) {
-                const uint32_t unit = w * WARP_UNITS, bytes = min(WARP_UNITS, p.units - unit) * TABLE_UNIT_BYTES;
+                const uint32_t unit = w * WARP_UNITS, bytes = min(WARP_UNITS, p.units - unit) * UNIT_BYTES;
                 if (in_flight == HEAD_IN_FLIGHT) wait_oldest();
                 const uint32_t stage = stage_of(p, turn, group());
                 barrier_wait(&shared.empty[stage], phases >> turn & 1 ^ 1);
                 barrier_expect(&shared.full[stage], bytes);
-                bulk_copy(smem_address(shared.ring[stage]), p.head + ((size_t)t * p.units + unit) * TABLE_UNIT_BYTES, bytes,
+                bulk_copy(smem_address(shared.ring[stage]), p.head + ((size_t)t * p.units + unit) * UNIT_BYTES, bytes,
                           smem_address(&shared.full[stage]));
                 in_flight++;
                 phases ^= 1u << turn;

@@ -1,7 +1,8 @@
 // decode_step — one token of up to 8 sequences (or up to 8 tokens of one), from ids to logits, in one launch.
 // Reference src/reference.rs, op by op; tests/gpu_decode.rs compares the logits with Hugging Face's and with the kernels of one op each.
 // Shapes    hidden % 64 == 0 and <= 4608, ffn a multiple of hidden, head dim 64, at most 48 layers; 4 bit, one scale a row of a unit.
-// Reads     all weights and the head once: 4111 MB for Falcon-7B; the keys and values of each token's context.
+// Reads     all weights and the head once: 3963 MB for Falcon-7B with a packed head, 4111 with one of f16; the keys and values of each
+//           token's context.
 // Writes    logits [tokens, vocab] f32; keys and values of the new tokens.
 // Needs     sm_90a, one block a multiprocessor, all resident at once (cooperative launch). On sm_80 this file is empty.
 //
@@ -19,7 +20,7 @@
 //           that of l + 1 has been clear since before anyone could get there. The residual has two halves, for even and odd steps.
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
-// Floor     0.875 ms a token: 4111 MB at the 4.70 TB/s an H200 reads at best.
+// Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16, as all figures until "packed".
 // Measured  (H200, `cargo bench --bench kernels decode_step`, versions in turn in one run; cards differ by 1.5 %, and all run near their
 //           power cap: compare within a line)
 //           tokens at position                            1 at 128   1 at 2047   8 at 128   8 at 1024
@@ -41,6 +42,8 @@
 //           all, on a card just started                      1.012       1.027      1.155      1.475       1.37        1.83
 //           items of 256 keys from 1024 on   before          1.023       1.043      1.197      1.507       1.36        1.826
 //                                            after           1.024       1.035      1.187      1.282       1.149       1.606
+//           head                             f16             1.022                  1.161 to 1.184
+//                                            packed          0.995                  1.141 to 1.166
 // Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
@@ -60,7 +63,7 @@
 //           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
 //           bytes as now, by 8 warps of 9 units                                                             1.108; at 2040 1.130
 //           one lane with two copies in flight                                                              1.102
-//           one copy in flight a lane in the head too                                                       +0.01
+//           one copy in flight a lane in the head too                                                       +0.01; three, packed: the same
 //           one loop that asks barriers of all producer lanes in turn and sleeps at none: 1.109 (against 1.085): the warp's polling takes
 //           issue slots of the consumers and attention beside it; with groups of two warps, six lanes                1.168
 //           two copies in flight in parts of a layer that no join follows at once                           1.075 to 1.13 (against 1.065)
@@ -98,7 +101,7 @@
 // Next      Moments applied to sums, so that products begin before the norm is complete; for 8 tokens fewer instructions: 250 a strip and
 //           warp, 550 to take a slice's inputs. For 8 texts of more than 1600 tokens attention by more than two warps a block: there
 //           they have two items again, and the consumers wait.
-// Spills    76 bytes: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
+// Spills    76 bytes, 248 with a packed head, in whose loop five registers are reloaded: in attention and once a layer or less; none in loops over strips, none between a layer's last strip and the next
 //           layer's first with one token.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
@@ -196,7 +199,7 @@ __device__ __forceinline__ void pad(const Args& p, Shared<ZEROS>& shared) {
             reinterpret_cast<uint4*>(shared.ring[s] + units * BYTES)[i] = make_uint4(0, 0, 0, 0);
 }
 
-template <bool ZEROS>
+template <bool ZEROS, bool PACKED>
 __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_constant__ Args p) {
     overlap_next();
     extern __shared__ __align__(128) uint8_t smem[];
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
     __syncthreads();
     if (warp == PRODUCER) {
         if (threadIdx.x % 32 < p.groups) {
-            Producer<ZEROS> producer{p, shared};
+            Producer<ZEROS, PACKED> producer{p, shared};
             producer.run();
         }
         __syncwarp();
@@ -223,9 +226,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         uint64_t *residual = p.x + half * TOKENS * p.hidden, *next = p.x + (half ^ 1) * TOKENS * p.hidden;
         if (tokens == 0) {
         } else if (warp < CONSUMERS) {
-            if (tokens == 1) Consumer<ZEROS, 1>(p, shared, tokens).template run<true>(residual, next);
-            else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, 1>(p, shared, tokens).template run<false>(residual, next);
-            else Consumer<ZEROS, 2>(p, shared, tokens).template run<false>(residual, next);
+            if (tokens == 1) Consumer<ZEROS, PACKED, 1>(p, shared, tokens).template run<true>(residual, next);
+            else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, PACKED, 1>(p, shared, tokens).template run<false>(residual, next);
+            else Consumer<ZEROS, PACKED, 2>(p, shared, tokens).template run<false>(residual, next);
         } else if (warp == STORER) {
             if (tokens <= Storer<ZEROS, 1>::MOST_TOKENS) Storer<ZEROS, 1>{p, shared, tokens}.run(residual);
             else if (tokens <= Storer<ZEROS, 2>::MOST_TOKENS) Storer<ZEROS, 2>{p, shared, tokens}.run(residual);
@@ -242,7 +245,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
 
 template <bool ZEROS>
 int32_t blocks(uint32_t* count) {
-    int device = 0, multiprocessors = 0, capability = 0, cooperative = 0, resident = 0;
+    int device = 0, multiprocessors = 0, capability = 0, cooperative = 0;
     cudaError_t e = cudaGetDevice(&device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (e == cudaSuccess) e = cudaDeviceGetAttribute(&capability, cudaDevAttrComputeCapabilityMajor, device);
@@ -250,10 +253,14 @@ int32_t blocks(uint32_t* count) {
     *count = 0;
     if (e != cudaSuccess || capability != 9 || !cooperative) return (int32_t)e;
     // A program built without sm_90a has no such kernel: that is no error, there is another way.
-    e = cudaFuncSetAttribute(decode_step_kernel<ZEROS>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<ZEROS>));
-    if (e == cudaSuccess)
-        e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, decode_step_kernel<ZEROS>, THREADS, sizeof(Shared<ZEROS>));
-    if (e == cudaSuccess && resident >= 1) *count = (uint32_t)multiprocessors;
+    bool resident = true;
+    for (const auto kernel : {decode_step_kernel<ZEROS, false>, decode_step_kernel<ZEROS, true>}) {
+        int each = 0;
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared<ZEROS>));
+        if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, THREADS, sizeof(Shared<ZEROS>));
+        resident &= e == cudaSuccess && each >= 1;
+    }
+    if (resident) *count = (uint32_t)multiprocessors;
     cudaGetLastError();
     return 0;
 }
@@ -274,7 +281,8 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     const Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
-    return p->has_zeros ? launch<true>(decode_step_kernel<true>, grid, THREADS, sizeof(Shared<true>), l, args)
-                        : launch<true>(decode_step_kernel<false>, grid, THREADS, sizeof(Shared<false>), l, args);
+    const auto kernel = p->has_zeros ? p->head_packed ? decode_step_kernel<true, true> : decode_step_kernel<true, false>
+                                     : p->head_packed ? decode_step_kernel<false, true> : decode_step_kernel<false, false>;
+    return launch<true>(kernel, grid, THREADS, p->has_zeros ? sizeof(Shared<true>) : sizeof(Shared<false>), l, args);
 }
 #endif  // sm_90

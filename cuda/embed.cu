@@ -1,5 +1,5 @@
 // embed — x[m] = row token[m].id of the embedding, f32.   Reference: src/reference.rs::embed
-// Reads one row of 9 KB a token out of the head's f16 units: 4 bytes in every 64, 72 KB of sectors; nothing beside 111 MB a layer.
+// Reads one row of 9 KB a token out of the head's units: 4 bytes in every 64, 72 KB of sectors; nothing beside 111 MB a layer.
 // Overlap  the kernel behind it begins when the one in front of it is complete.
 // Mapping  one block a token; a thread fetches one pair of neighbouring inputs at a time.
 #include "launch.cuh"
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(THREADS) embed_kernel(const __grid_constant__ 
     const uint32_t id = p.token[m].id < p.vocab ? p.token[m].id : 0;
     const uint8_t* units = reinterpret_cast<const uint8_t*>(p.units);
     for (uint32_t pair = threadIdx.x; pair < p.hidden / 2; pair += THREADS)
-        *reinterpret_cast<float2*>(p.x + (size_t)m * p.hidden + pair * 2) = table_pair(units, id, pair, p.hidden);
+        *reinterpret_cast<float2*>(p.x + (size_t)m * p.hidden + pair * 2) = table_pair(units, p.packed, id, pair, p.hidden);
 }
 
 }  // namespace

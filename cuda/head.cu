@@ -1,10 +1,12 @@
-// head — logits[m, v] = sum_k x[m, k] * E[v, k], f16 table in units, f32 logits, 1 to 64 tokens.   Reference: src/reference.rs::head
+// head — logits[m, v] = sum_k x[m, k] * E[v, k], table in units, f16 or packed, f32 logits, 1 to 64 tokens.   Reference: reference.rs::head
 // Shapes   E 65024 x 4544; any vocab % 16 == 0, hidden % 64 == 0.
-// Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB); warp w owns units w, w + 8, ...; loads of BATCH units
+// Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB, packed 109); warp w owns units w, w + 8, ...; loads of BATCH units
 //          are issued together, the first batch before the predecessor has finished. Sums in f32, warps added in warp order.
 //          9 to 64 tokens: one block an SM, its share of the rows in passes of up to 12 row tiles (batch.cuh), one pass over the table.
-// Floor    590.9 MB: 126 us at 4.70 TB/s.
-// Measured 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200.
+// Numbers  packed units give the same bits as f16 ones: all their products are 8 times as large.
+// Floor    590.9 MB: 126 us at 4.70 TB/s; packed 443.2 MB: 94 us.
+// Measured f16 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200. Packed, two events
+//          included, which are 2 us: 108, 124, 111, 114, 144 at 1, 8, 16, 32, 64, where f16 took 141 at 1.
 // Serial   ptxas lets the wgmma of a unit wait for its operands' loads (C7513): the stream of the table hides it.
 #include "batch.cuh"
 
@@ -17,22 +19,25 @@ constexpr int BATCH = 3;  // units: 12 loads of 16 bytes in flight a lane
 
 __host__ __device__ constexpr uint32_t row_bytes(uint32_t hidden) { return hidden * 2 + 16; }
 
-__device__ __forceinline__ void load_batch(uint4 a[BATCH][STEPS], const uint8_t* tile, uint32_t first, uint32_t units, uint32_t lane) {
+template <bool PACKED>
+__device__ __forceinline__ void load_batch(TableWords<PACKED> a[BATCH], const uint8_t* tile, uint32_t first, uint32_t units, uint32_t lane) {
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
         const uint32_t u = first + i * WARPS;
         if (u >= units) break;
 #pragma unroll
-        for (int s = 0; s < STEPS; s++) a[i][s] = load_weights(tile + (size_t)u * TABLE_UNIT_BYTES + s * 512 + lane * 16);
+        for (int j = 0; j < TableWords<PACKED>::COUNT; j++)
+            a[i].v[j] = load_weights(tile + (size_t)u * table_unit_bytes(PACKED) + j * 512 + lane * 16);
     }
 }
 
+template <bool PACKED>
 __global__ void __launch_bounds__(THREADS, 2) head_kernel(const __grid_constant__ HeadParams p) {
     overlap_next();
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t units = p.hidden / UNIT_INPUTS;
-    const uint8_t* tile = reinterpret_cast<const uint8_t*>(p.units) + (size_t)blockIdx.x * units * TABLE_UNIT_BYTES;
-    uint4 batch[BATCH][STEPS];
+    const uint8_t* tile = reinterpret_cast<const uint8_t*>(p.units) + (size_t)blockIdx.x * units * table_unit_bytes(PACKED);
+    TableWords<PACKED> batch[BATCH];
     load_batch(batch, tile, warp, units, lane);
 
     wait_previous();
@@ -60,10 +65,11 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(const __grid_constant_
             float unit_sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int s = 0; s < STEPS; s += 2) {
-                uint32_t b[4];
+                uint32_t b[4], a[2][4];
                 ldmatrix(b, row + step * (u * UNIT_INPUTS * 2 + s * 32));
-                mma(unit_sum, reinterpret_cast<const uint32_t*>(&batch[i][s]), b[0], b[1]);
-                mma(unit_sum, reinterpret_cast<const uint32_t*>(&batch[i][s + 1]), b[2], b[3]);
+                batch[i].unpack(s, a[0]), batch[i].unpack(s + 1, a[1]);
+                mma(unit_sum, a[0], b[0], b[1]);
+                mma(unit_sum, a[1], b[2], b[3]);
             }
 #pragma unroll
             for (int j = 0; j < 4; j++) c[j] += unit_sum[j];
@@ -79,7 +85,7 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(const __grid_constant_
         float sum = 0.f;
 #pragma unroll
         for (int w = 0; w < WARPS; w++) sum += partial[(w * UNIT_ROWS + r) * TOKENS + m];
-        p.logits[(size_t)m * p.vocab + blockIdx.x * UNIT_ROWS + r] = sum;
+        p.logits[(size_t)m * p.vocab + blockIdx.x * UNIT_ROWS + r] = sum * table_scale(PACKED);
     }
 }
 
@@ -98,26 +104,35 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) head_batch_kernel(const __gr
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 const uint32_t m = n * 8 + lane % 4 * 2 + e % 2;
-                if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e];
+                if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e] * table_scale(Shape::Weights::PACKED);
             }
     });
 }
 
-template <int BATCH_TOKENS, int SHARED>
+template <bool PACKED, int BATCH_TOKENS, int SHARED>
 int32_t launch_batch(const HeadParams* p, const Launch* l, const BatchDevice& device) {
-    using Shape = BatchShape<TableUnits, BATCH_TOKENS, 1, true>;
+    using Shape = BatchShape<TableUnits<PACKED>, BATCH_TOKENS, 1, true>;
     constexpr int STAGES = batch_stages<Shape>(SHARED);
     const uint32_t blocks = min((uint32_t)device.multiprocessors, p->vocab / UNIT_ROWS);
     return launch(head_batch_kernel<Shape, STAGES>, dim3(blocks), BATCH_THREADS, ring_bytes<Shape, STAGES>, l, *p);
 }
 
-template <int BATCH_TOKENS>
+template <bool PACKED, int BATCH_TOKENS>
 int32_t run_batch(const HeadParams* p, const Launch* l) {
     BatchDevice device;
     const cudaError_t e = device.query();
     if (e != cudaSuccess) return (int32_t)e;
-    return device.shared >= WIDE_SHARED ? launch_batch<BATCH_TOKENS, WIDE_SHARED>(p, l, device)
-                                        : launch_batch<BATCH_TOKENS, NARROW_SHARED>(p, l, device);
+    return device.shared >= WIDE_SHARED ? launch_batch<PACKED, BATCH_TOKENS, WIDE_SHARED>(p, l, device)
+                                        : launch_batch<PACKED, BATCH_TOKENS, NARROW_SHARED>(p, l, device);
+}
+
+template <bool PACKED>
+int32_t run(const HeadParams* p, const Launch* l) {
+    if (p->tokens > 32) return run_batch<PACKED, 64>(p, l);
+    if (p->tokens > 16) return run_batch<PACKED, 32>(p, l);
+    if (p->tokens > TOKENS) return run_batch<PACKED, 16>(p, l);
+    const size_t smem = WARPS * UNIT_ROWS * TOKENS * sizeof(float) + 16 + (size_t)p->tokens * row_bytes(p->hidden);
+    return launch(head_kernel<PACKED>, dim3(p->vocab / UNIT_ROWS), THREADS, smem, l, *p);
 }
 
 }  // namespace
@@ -125,7 +140,5 @@ int32_t run_batch(const HeadParams* p, const Launch* l) {
 extern "C" int32_t head(const HeadParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_HEAD_TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
-    if (p->tokens > TOKENS) return p->tokens <= 16 ? run_batch<16>(p, l) : p->tokens <= 32 ? run_batch<32>(p, l) : run_batch<64>(p, l);
-    const size_t smem = WARPS * UNIT_ROWS * TOKENS * sizeof(float) + 16 + (size_t)p->tokens * row_bytes(p->hidden);
-    return launch(head_kernel, dim3(p->vocab / UNIT_ROWS), THREADS, smem, l, *p);
+    return p->packed ? run<true>(p, l) : run<false>(p, l);
 }

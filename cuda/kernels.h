@@ -133,12 +133,21 @@ typedef struct TableRepackParams {
 } TableRepackParams;
 int32_t table_repack(const TableRepackParams* p, const Launch* l);
 
+// table_pack: f16 units to packed ones, 1536 bytes each (packed.cuh), for values of 8 significant bits below 1/4.
+typedef struct TablePackParams {
+    const uint16_t* units;  // [count][1024] f16
+    uint16_t* packed;       // [count][768]; of no use if there is a misfit
+    uint32_t* misfit;       // set to 1 if a value has too many bits, else left alone
+    uint32_t count;
+} TablePackParams;
+int32_t table_pack(const TablePackParams* p, const Launch* l);
+
 // embed: x[m] = row token[m].id of the table.
 typedef struct EmbedParams {
-    const uint16_t* units;  // f16 units [vocab / 16][hidden / 64]
+    const uint16_t* units;  // units [vocab / 16][hidden / 64]: f16, or packed by table_pack
     const StepToken* token; // [tokens]; an id >= vocab reads as row 0 (the caller has checked)
     float* x;               // [tokens, hidden]
-    uint32_t tokens, hidden, vocab;
+    uint32_t tokens, hidden, vocab, packed;
 } EmbedParams;
 int32_t embed(const EmbedParams* p, const Launch* l);
 
@@ -205,10 +214,10 @@ int32_t attn_prefill(const AttnPrefillParams* p, const Launch* l);
 
 // head: logits[m, v] = sum_k x[m, k] * E[v, k], f32.
 typedef struct HeadParams {
-    const uint16_t* units;  // f16 units [vocab / 16][hidden / 64]
+    const uint16_t* units;  // units [vocab / 16][hidden / 64]: f16, or packed by table_pack
     const uint16_t* x;      // [tokens, hidden] f16
     float* logits;          // [tokens, vocab]
-    uint32_t tokens, hidden, vocab;
+    uint32_t tokens, hidden, vocab, packed;
 } HeadParams;
 int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD_TOKENS
 
@@ -234,8 +243,8 @@ typedef struct DecodeFault {
 // decode_step: one token of each row of *step, from its id to its logits, in one launch of one block a multiprocessor.
 typedef struct DecodeStepParams {
     DecodeLayer layer[PEREGRINE_STEP_LAYERS];
-    const uint8_t* embedding;   // f16 units [vocab / 16][hidden / 64]
-    const uint8_t* head;        // f16 units [vocab / 16][hidden / 64]
+    const uint8_t* embedding;   // units [vocab / 16][hidden / 64]: f16, or packed by table_pack
+    const uint8_t* head;        // the same
     const float* final_weight;  // [hidden]
     const float* final_bias;    // [hidden]
     const float* table;         // [max_context, 32, 2]: cos and sin
@@ -250,6 +259,7 @@ typedef struct DecodeStepParams {
     float* logits;              // [8, vocab]
     DecodeFault* fault;         // pinned host memory
     uint32_t layers, hidden, ffn, heads, vocab, slots, max_context, has_zeros;
+    uint32_t embedding_packed, head_packed;
     uint32_t blocks;            // what decode_step_blocks said
     uint32_t patience;          // polls before a block gives up
     float epsilon;

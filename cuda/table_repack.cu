@@ -1,5 +1,6 @@
 // table_repack — a row-major f16 table (embedding, head) to f16 units.   Reference: src/repack.rs::table_repack
-// One table of 591 MB serves embedding and head, so it is stored once, in the order the head's tensor cores want it.
+// One table of 591 MB serves embedding and head, so it is stored once, in the order the head's tensor cores want it. table_pack makes it
+// 443 MB, where its values allow that.
 // Mapping  one warp = one unit; lane l writes the four A registers of each k16 step, 16 bytes apart by 512.
 #include "launch.cuh"
 #include "units.cuh"

@@ -24,7 +24,8 @@
 //
 // Weight = scale x (code - zero). The zero point is the plain one (8 when symmetric), not AutoGPTQ's stored zero minus one.
 //
-// An f16 unit (embedding, head) is 2048 bytes: step s, lane l at byte 512 s + 16 l: the four A registers as they are.
+// An f16 unit (embedding, head) is 2048 bytes: step s, lane l at byte 512 s + 16 l: the four A registers as they are. A packed one
+// is 1536, see packed.cuh.
 #pragma once
 #include <cuda_fp16.h>
 #include <stdint.h>

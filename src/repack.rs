@@ -151,3 +151,35 @@ pub fn table_repack(table: &[u16], k: usize) -> Vec<u16> {
     }
     out
 }
+
+/// The f16 units of a table with 12 bits a value, `[units][3][32][4]` words of two values: what `table_pack` writes. `None` if a value is
+/// not eight significant bits, or is 1/4 or more. Word j of lane l and step s has value j of the lane's four pairs, and a third of the
+/// bits of the last one; all are the bits of 8 times the value.
+#[must_use]
+pub fn table_pack(units: &[u16]) -> Option<Vec<u16>> {
+    const MASK: u16 = 0xbff8;
+    // Where bits of the fourth pair lie in the others: first bit, bits, first bit there.
+    const PLACES: [[(u16, u16, u16); 2]; 3] =
+        [[(3, 3, 0), (15, 1, 14)], [(6, 3, 0), (13, 1, 14)], [(9, 3, 0), (12, 1, 14)]];
+    let mut out = vec![0; units.len() / 4 * 3];
+    let lanes = units.chunks_exact(8).enumerate();
+    for (i, registers) in lanes {
+        let (unit, step, lane) = (i / 128, i / 32 % 4, i % 32);
+        for half in 0..2 {
+            let mut values = [0; 4];
+            for (register, value) in values.iter_mut().enumerate() {
+                *value = f32_to_f16(f16_to_f32(registers[register * 2 + half]) * 8.0);
+                if *value & !MASK != 0 {
+                    return None;
+                }
+            }
+            for (word, places) in PLACES.iter().enumerate() {
+                let rest = places
+                    .iter()
+                    .fold(0, |bits, (from, count, to)| bits | (values[3] >> from & ((1 << count) - 1)) << to);
+                out[unit * 768 + word * 256 + lane * 8 + step * 2 + half] = values[word] | rest;
+            }
+        }
+    }
+    Some(out)
+}

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! Raw tensors of one matrix at a time lie in one scratch buffer (45 MB for Falcon-7B), so GPU memory never holds the weights
-//! twice. Resident: 110 MB a layer and 591 MB for the table that embedding and head share.
+//! twice. Resident: 110 MB a layer and 443 MB for the table that embedding and head share, or 591 if its values need 16 bits.
 
 use crate::checkpoint::{Checkpoint, FloatTensor, GptqTensor, NormTensors};
 use crate::error::{Error, Result};
@@ -235,7 +235,13 @@ impl<'a> Loader<'a> {
                 ops::table_repack(self.stream, &self.raw, rows, hidden, &mut units, first)
             })?;
         }
-        Ok(Table { units, vocab, hidden })
+        let table = Table { units, vocab, hidden, packed: false };
+        let mut packed = None;
+        timed(self.stream, &mut self.repacks, || {
+            packed = ops::table_pack(self.stream, &table)?;
+            Ok(())
+        })?;
+        Ok(packed.unwrap_or(table))
     }
 
     fn norm(&mut self, norm: NormTensors<'_>, epsilon: f32) -> Result<Norm> {

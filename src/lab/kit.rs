@@ -2,7 +2,7 @@
 
 use super::{CONTEXT, THETA};
 use crate::checkpoint::{FloatTensor, FloatType, GptqTensor};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::ops::{self, Int4Matrix, RawGptq, Table};
 use crate::gpu::{DevBuf, Stream};
 use crate::layout::{f16_to_f32, f32_to_f16};
@@ -224,14 +224,15 @@ pub fn repack(
     Ok(matrix)
 }
 
-/// A random table, on the host and in units on the GPU.
+/// A random table, on the host and in units on the GPU, packed ones or f16.
 ///
 /// # Errors
 /// A driver failure.
-pub fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, Table)> {
+pub fn table(stream: &Stream, vocab: usize, hidden: usize, packed: bool) -> Result<(Vec<u8>, Table)> {
     // Drawn from some thousand values: a table of 300 million would take seconds.
     let mut random = Random::new(9);
     let values = random.halves(4096, (hidden as f32).sqrt().recip());
+    let values: Vec<u16> = if packed { values.into_iter().map(eight_bits).collect() } else { values };
     let draws = (0..(vocab * hidden).div_ceil(5)).flat_map(|_| {
         let bits = random.bits();
         (0..5).map(move |i| (bits >> (12 * i)) as usize % 4096)
@@ -241,7 +242,17 @@ pub fn table(stream: &Stream, vocab: usize, hidden: usize) -> Result<(Vec<u8>, T
     let raw = DevBuf::from_host(stream, "raw", &bytes)?;
     let mut units = DevBuf::guarded(stream, "units", &vec![NAN16; rows.len()])?;
     ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0)?;
-    Ok((bytes, Table { units, vocab, hidden }))
+    let mut table = Table { units, vocab, hidden, packed: false };
+    if packed {
+        let misfit = || Error::Usage("table: a value is too large to be packed".into());
+        table = ops::table_pack(stream, &table)?.ok_or_else(misfit)?;
+    }
+    Ok((bytes, table))
+}
+
+/// The f16 with its last three bits cut off, so that it has no more than eight significant ones.
+fn eight_bits(half: u16) -> u16 {
+    half & !7
 }
 
 /// Cos and sin of every position and pair, as the model's table has them.

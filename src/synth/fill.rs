@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-use crate::layout::f32_to_f16;
+use crate::layout::{f16_to_f32, f32_to_f16};
 
 /// Standard deviation of `code - 8`: see [`random_codes`].
 pub(super) const CODE_SPREAD: f64 = 3.28;
@@ -90,6 +90,12 @@ pub(super) fn normal_table(mean: f64, spread: f64) -> Vec<u16> {
     let mut uniform = || (random.next() >> 11) as f64 * (0.5f64).powi(53);
     let pairs = (0..TABLE_LEN / 2).map(|_| (-2.0 * (1.0 - uniform()).ln()).sqrt() * (TAU * uniform()).cos());
     pairs.flat_map(|z| [z, -z]).map(|z| f32_to_f16((mean + spread * z) as f32)).collect()
+}
+
+/// The nearest value of bf16, which Falcon was trained in: as f16 it has eight significant bits.
+pub(super) fn to_bf16(half: u16) -> u16 {
+    let bits = f16_to_f32(half).to_bits();
+    f32_to_f16(f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000))
 }
 
 /// splitmix64, started from seed, tensor name and chunk: a chunk needs nothing of the one before it.

@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::FloatType;
 use crate::error::{Error, Result};
 use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
-use fill::{CODE_SPREAD, Fill, Random, TABLE_LEN, fill, normal_table};
+use fill::{CODE_SPREAD, Fill, Random, TABLE_LEN, fill, normal_table, to_bf16};
 
 /// Bytes one thread generates and writes at a time. Part of what the seed means: every chunk has its own random numbers.
 const CHUNK_BYTES: usize = 4 << 20;
@@ -197,7 +197,10 @@ fn plans(shape: SynthShape, options: &SynthOptions) -> Vec<Plan> {
     let SynthShape { hidden_size: hidden, ffn_size: ffn, vocab_size: vocab, .. } = shape;
     let mut all = Vec::new();
     let float = |name: String, shape: Vec<usize>, mean: f64, spread: f64| {
-        let values = normal_table(mean, spread);
+        let mut values = normal_table(mean, spread);
+        if shape.len() == 2 {
+            values.iter_mut().for_each(|v| *v = to_bf16(*v));
+        }
         match options.tables {
             FloatType::F32 => {
                 plan(name, "F32", shape, Fill::Singles(values.iter().map(|&v| f16_to_f32(v)).collect()))

@@ -18,4 +18,5 @@ mod kit;
 mod matmul;
 mod rows;
 mod sampling;
+mod table;
 mod units;

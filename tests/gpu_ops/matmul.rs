@@ -1,16 +1,13 @@
-//! gptq_gemv, gptq_batch, gptq_gemm, head, table_repack.
+//! gptq_gemv, gptq_batch, gptq_gemm.
 
-use peregrine::checkpoint::{FloatTensor, FloatType};
-use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput, StepTokens, Table};
+use peregrine::gpu::ops::{self, Activations, GEMV_TOKENS, MatmulKernel, MatmulOutput};
 use peregrine::gpu::{DevBuf, Stream};
 use peregrine::reference;
-use peregrine::repack::{self, InputOrder};
+use peregrine::repack::InputOrder;
 
 use crate::kit::*;
 
-/// f32 sums of exact products. Measured: 1.6e-7.
-const F32_TOLERANCE: f64 = 4e-7;
-/// The same by gptq_gemv, which rounds a token's inputs of a warp (384 at most) to steps of the largest / 32639: sqrt(1/12) of a step
+/// f32 sums by gptq_gemv, which rounds a token's inputs of a warp (384 at most) to steps of the largest / 32639: sqrt(1/12) of a step
 /// each, 2.7e-5 of inputs whose largest is three times the usual one, as here. Rounding them to f16 has cost ten times that.
 /// Measured at the 7B's shapes: 1.3e-5.
 const GEMV_TOLERANCE: f64 = 5e-5;
@@ -304,65 +301,5 @@ fn gptq_matmul_adds_to_the_residual() {
         ops::gptq_matmul(&stream, kernel, &w, 0..hidden, a, 1, output).unwrap();
         let got = got.download(&stream, 0, m * hidden).unwrap();
         assert_close(&format!("residual m {m}"), &got, &want, f32_tolerance(kernel));
-    }
-}
-
-fn table(stream: &Stream, rows: &[u16], hidden: usize) -> Table {
-    let vocab = rows.len() / hidden;
-    let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
-    let raw = DevBuf::from_host(stream, "raw", &bytes).unwrap();
-    let mut units = nan16(stream, rows.len());
-    ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0).unwrap();
-    Table { units, vocab, hidden }
-}
-
-#[test]
-fn table_repack_and_embed_match_reference() {
-    let Some((_, stream)) = gpu() else { return };
-    for (vocab, hidden) in [(16, 64), (512, 320), (1024, 4544)] {
-        let rows = Random::new(8).halves(vocab * hidden, 1.0);
-        let table = table(&stream, &rows, hidden);
-        let got = table.units.download(&stream, 0, vocab * hidden).unwrap();
-        assert!(got == repack::table_repack(&rows, hidden), "[{vocab}, {hidden}]");
-
-        let ids: Vec<u32> = [0, 1, 7, 8, 15, vocab as u32 - 1].into();
-        let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
-        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
-        // Behind a step's header; positions and slots are not embed's business.
-        let words = [vec![0; 4], ops::step_token_words(&ids, 100, 3).unwrap()].concat();
-        let step = DevBuf::from_host(&stream, "step", &words).unwrap();
-        let mut x = nan32(&stream, ids.len() * hidden);
-        ops::embed(&stream, &table, StepTokens::step(&step, ids.len()), &mut x).unwrap();
-        assert_eq!(x.download(&stream, 0, ids.len() * hidden).unwrap(), reference::embed(&tensor, &ids));
-
-        // An id that is none reads as row 0.
-        let words = ops::step_token_words(&[u32::MAX, vocab as u32], 0, 0).unwrap();
-        let list = DevBuf::from_host(&stream, "list", &words).unwrap();
-        ops::embed(&stream, &table, StepTokens::list(&list, 2), &mut x).unwrap();
-        assert_eq!(x.download(&stream, 0, 2 * hidden).unwrap(), reference::embed(&tensor, &[0, 0]));
-    }
-}
-
-#[test]
-fn head_matches_reference() {
-    let Some((_, stream)) = gpu() else { return };
-    for (vocab, hidden) in [(16, 64), (512, 320), (4096, 4544), (65024, 128)] {
-        let rows = Random::new(9).halves(vocab * hidden, (hidden as f32).sqrt().recip());
-        let table = table(&stream, &rows, hidden);
-        let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
-        let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
-        for m in [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64] {
-            let x = Random::new(10 + m as u64).halves((m + 3) * hidden, 1.0);
-            let want = reference::head(&to_f32(&x[3 * hidden..]), &tensor);
-            let x = DevBuf::from_host(&stream, "x", &x).unwrap();
-            let run = || {
-                let mut logits = nan32(&stream, m * vocab);
-                ops::head(&stream, &table, &x, 3, m, &mut logits, 0).unwrap();
-                logits.download(&stream, 0, m * vocab).unwrap()
-            };
-            let got = run();
-            assert_close(&format!("head [{vocab}, {hidden}] m {m}"), &got, &want, F32_TOLERANCE);
-            assert!(got == run(), "second run differs");
-        }
     }
 }

@@ -196,7 +196,7 @@ pub fn decode_step(
         if (table.vocab, table.hidden) != (vocab, hidden) {
             return Err(wrong(format!("a table [{}, {}]", table.vocab, table.hidden)));
         }
-        table.units.require(op, vocab * hidden)?;
+        table.require(op)?;
     }
     if model.layers.len() > STEP_LAYERS {
         return Err(wrong(format!("{} layers, wanted at most {STEP_LAYERS}", model.layers.len())));
@@ -231,6 +231,8 @@ pub fn decode_step(
         slots: u32_of(op, slots)?,
         max_context: u32_of(op, max_context)?,
         has_zeros: u32::from(shape.has_zeros),
+        embedding_packed: u32::from(model.embedding.packed),
+        head_packed: u32::from(model.head.packed),
         blocks: u32_of(op, shape.blocks)?,
         patience: PATIENCE,
         epsilon: model.final_norm.epsilon,

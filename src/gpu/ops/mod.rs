@@ -3,7 +3,7 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack, row_factors. `table`: table_repack, embed, head. `rows`: layernorm, permute.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack, row_factors. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
 //! start, sample. `probe`: unpack_check, stream_read, mma_peak.
 
@@ -34,7 +34,7 @@ pub use product::{
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerShape, SamplerState, sample, start, stop};
 pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
-pub use table::{Table, embed, head, table_repack};
+pub use table::{Table, embed, head, table_pack, table_repack};
 
 /// Most tokens of a `gptq_gemv` or `decode_step` call.
 pub const GEMV_TOKENS: usize = ffi::PEREGRINE_GEMV_TOKENS as usize;

@@ -1,27 +1,42 @@
-//! The f16 table that embedding and head share: `table_repack`, `embed`, `head`.
+//! The table that embedding and head share: `table_repack`, `table_pack`, `embed`, `head`.
 
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
 use super::step::StepTokens;
 use super::{call, check, launch_on, u32_of};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::layout::{UNIT_INPUTS, UNIT_ROWS};
 
-/// The f16 table of embedding and head, in units.
+/// The table of embedding and head, in units.
 pub struct Table {
-    /// `[vocab / 16][hidden / 64][1024]` f16.
+    /// `[vocab / 16][hidden / 64]` times 1024 f16, or what [`table_pack`] made of them, 12 bits a value.
     pub units: DevBuf<u16>,
     /// Rows.
     pub vocab: usize,
     /// Inputs.
     pub hidden: usize,
+    /// The units are packed.
+    pub packed: bool,
+}
+
+impl Table {
+    /// 16-bit words of the units of such a table.
+    #[must_use]
+    pub fn words(vocab: usize, hidden: usize, packed: bool) -> usize {
+        if packed { vocab * hidden / 4 * 3 } else { vocab * hidden }
+    }
+
+    pub(super) fn require(&self, op: &str) -> Result<()> {
+        self.units.require(op, Table::words(self.vocab, self.hidden, self.packed))
+    }
 }
 
 /// `embed`: `x[m] = table[id of token m]`, f32.
 #[allow(unsafe_code)]
 pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut DevBuf<f32>) -> Result<()> {
     let op = "embed";
-    table.units.require(op, table.vocab * table.hidden)?;
+    table.require(op)?;
     x.require(op, tokens.count * table.hidden)?;
     let params = ffi::EmbedParams {
         units: table.units.ptr(stream),
@@ -30,6 +45,7 @@ pub fn embed(stream: &Stream, table: &Table, tokens: StepTokens<'_>, x: &mut Dev
         tokens: u32_of(op, tokens.count)?,
         hidden: u32_of(op, table.hidden)?,
         vocab: u32_of(op, table.vocab)?,
+        packed: u32::from(table.packed),
     };
     call!(embed, stream, params)
 }
@@ -47,7 +63,7 @@ pub fn head(
     row: usize,
 ) -> Result<()> {
     let op = "head";
-    table.units.require(op, table.vocab * table.hidden)?;
+    table.require(op)?;
     x.require(op, (first + tokens) * table.hidden)?;
     logits.require(op, (row + tokens) * table.vocab)?;
     let params = ffi::HeadParams {
@@ -57,6 +73,7 @@ pub fn head(
         tokens: u32_of(op, tokens)?,
         hidden: u32_of(op, table.hidden)?,
         vocab: u32_of(op, table.vocab)?,
+        packed: u32::from(table.packed),
     };
     call!(head, stream, params)
 }
@@ -82,4 +99,27 @@ pub fn table_repack(
         row0: u32_of(op, row0)?,
     };
     call!(table_repack, stream, params)
+}
+
+/// `table_pack`: the table with 12 bits a value, without loss; `None` if a value has more than 8 significant bits, or is 1/4 or more. Waits
+/// for the answer.
+#[allow(unsafe_code)]
+pub fn table_pack(stream: &Stream, table: &Table) -> Result<Option<Table>> {
+    let op = "table_pack";
+    let &Table { vocab, hidden, packed, .. } = table;
+    if packed {
+        return Err(Error::Cuda { op: op.into(), what: "the table is packed already".into() });
+    }
+    table.require(op)?;
+    let mut units = DevBuf::zeros(stream, "packed table", Table::words(vocab, hidden, true))?;
+    let mut misfit = DevBuf::<u32>::zeros(stream, "misfit", 1)?;
+    let params = ffi::TablePackParams {
+        units: table.units.ptr(stream),
+        packed: units.ptr_mut(stream),
+        misfit: misfit.ptr_mut(stream),
+        count: u32_of(op, vocab * hidden / (UNIT_ROWS * UNIT_INPUTS))?,
+    };
+    call!(table_pack, stream, params)?;
+    let fits = misfit.download(stream, 0, 1)? == [0];
+    Ok(fits.then_some(Table { units, vocab, hidden, packed: true }))
 }

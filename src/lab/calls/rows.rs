@@ -57,20 +57,28 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
         }
         "embed" => {
             for m in if timing { vec![1, 512] } else { vec![1, 63, 65] } {
-                calls.push(Box::new(EmbedCall::new(stream, if timing { VOCAB } else { 1024 }, m)?));
+                let packed = timing || m == 63;
+                calls.push(Box::new(EmbedCall::new(stream, if timing { VOCAB } else { 1024 }, m, packed)?));
             }
         }
         _ => {
-            let checks: &[_] =
-                &[(16, 64, 1), (512, 320, 9), (4096, HIDDEN, 1), (4096, HIDDEN, 63), (4096, HIDDEN, 64)];
-            let times: &[_] = &[1, 8, 16, 32, 64].map(|m| (VOCAB, HIDDEN, m));
+            let sizes = |packed| [1, 8, 16, 63, 64].map(|m| (4096, HIDDEN, m, packed));
+            let checks: &[_] = &[
+                &[(16, 64, 1, false), (512, 320, 9, false), (512, 320, 9, true)],
+                &sizes(false)[..],
+                &sizes(true),
+            ]
+            .concat();
+            let times: &[_] = &[(1, false), (1, true), (8, true), (16, true), (32, true), (64, true)]
+                .map(|(m, packed)| (VOCAB, HIDDEN, m, packed));
             // Neighbours of one shape share a table: Falcon-7B's has 600 MB.
             let mut shared: Option<Rc<(Vec<u8>, Table)>> = None;
-            for &(vocab, hidden, m) in if timing { times } else { checks } {
-                let fits = shared.take().filter(|t| (t.1.vocab, t.1.hidden) == (vocab, hidden));
+            for &(vocab, hidden, m, packed) in if timing { times } else { checks } {
+                let fits =
+                    shared.take().filter(|t| (t.1.vocab, t.1.hidden, t.1.packed) == (vocab, hidden, packed));
                 let table = match fits {
                     Some(table) => table,
-                    None => Rc::new(kit::table(stream, vocab, hidden)?),
+                    None => Rc::new(kit::table(stream, vocab, hidden, packed)?),
                 };
                 calls.push(Box::new(HeadCall::new(stream, Rc::clone(&table), m)?));
                 shared = Some(table);
@@ -213,6 +221,10 @@ impl Call for PermuteCall {
     }
 }
 
+fn format_name(table: &Table) -> &'static str {
+    if table.packed { ", packed" } else { "" }
+}
+
 struct EmbedCall {
     m: usize,
     ids: Vec<u32>,
@@ -223,8 +235,8 @@ struct EmbedCall {
 }
 
 impl EmbedCall {
-    fn new(stream: &Stream, vocab: usize, m: usize) -> Result<EmbedCall> {
-        let (bytes, table) = kit::table(stream, vocab, HIDDEN)?;
+    fn new(stream: &Stream, vocab: usize, m: usize, packed: bool) -> Result<EmbedCall> {
+        let (bytes, table) = kit::table(stream, vocab, HIDDEN, packed)?;
         let mut random = Random::new(m as u64);
         let mut ids: Vec<u32> = (0..m).map(|_| (random.bits() % vocab as u64) as u32).collect();
         ids[m - 1] = vocab as u32 - 1;
@@ -235,7 +247,7 @@ impl EmbedCall {
 
 impl Call for EmbedCall {
     fn label(&self) -> String {
-        format!("embed [{}, {HIDDEN}] of {}", self.m, self.table.vocab)
+        format!("embed [{}, {HIDDEN}] of {}{}", self.m, self.table.vocab, format_name(&self.table))
     }
 
     fn reset(&mut self, stream: &Stream) -> Result<()> {
@@ -282,7 +294,8 @@ impl HeadCall {
 
 impl Call for HeadCall {
     fn label(&self) -> String {
-        format!("head [{}, {}] of {}", self.m, self.table.1.hidden, self.table.1.vocab)
+        let table = &self.table.1;
+        format!("head [{}, {}] of {}{}", self.m, table.hidden, table.vocab, format_name(table))
     }
 
     fn reset(&mut self, stream: &Stream) -> Result<()> {
@@ -308,6 +321,6 @@ impl Call for HeadCall {
     fn work(&self) -> Work {
         let weights = (self.table.1.vocab * self.table.1.hidden) as f64;
         let moved = self.m * (self.table.1.hidden * 2 + self.table.1.vocab * 4);
-        Work { bytes: weights * 2.0 + moved as f64, flop: 2.0 * weights * self.m as f64 }
+        Work { bytes: self.table.1.units.bytes() as f64 + moved as f64, flop: 2.0 * weights * self.m as f64 }
     }
 }
