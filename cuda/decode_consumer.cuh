@@ -215,6 +215,8 @@ struct Consumer {
         for (int t = 0; t < TILES; t++)
             from[t] = activations + min(t * COLUMN_TOKENS + lane() / 8, tokens - 1) * stride + first() * UNIT_INPUTS + lane() % 8 * 8;
         uint4 w[TILES][WARP_UNITS];
+        uint32_t top[TILES];
+        // What is not there yet is not a number, which the largest then is not either. If that is so for another reason, each word tells.
         const auto load = [&] {
             bool complete = true;
 #pragma unroll
@@ -222,6 +224,15 @@ struct Consumer {
 #pragma unroll
                 for (int i = 0; i < WARP_UNITS; i++)
                     w[t][i] = load_relaxed(reinterpret_cast<const uint4*>(from[t] + min(i, units - 1) * UNIT_INPUTS));
+            bool numbers = true;
+#pragma unroll
+            for (int t = 0; t < TILES; t++) {
+                top[t] = 0;
+#pragma unroll
+                for (int i = 0; i < WARP_UNITS; i++) top[t] = Inputs::most(top[t], w[t][i]);
+                numbers &= Inputs::are_numbers(top[t]);
+            }
+            if (numbers) return true;
 #pragma unroll
             for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -237,7 +248,7 @@ struct Consumer {
         };
         poll(p, Awaited::WIDE, layer, glance, load);
 #pragma unroll
-        for (int t = 0; t < TILES; t++) x.set(t, w[t], lane());
+        for (int t = 0; t < TILES; t++) x.set(t, w[t], top[t], lane());
         x.add_up(lane());
     }
     // x = this warp's inputs of the one token.

@@ -54,14 +54,11 @@ struct FixedInputs {
     float step[TILES];    // of token q, 4 + q
     uint32_t sums[2];     // of v / 64 as B operand of m16n8k16: column 2 t is token t, 2 t + 1 token 4 + t; and what f16 left out
 
-    // Tile t from f16: the lanes of a token's two columns have one half of each unit, steps 2 p and 2 p + 1 of the column of plane p: w[i]
-    // is the words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts them to both planes, keeps its own and gives the
+    // Tile t from f16; `top`: the largest of a lane's, by `most`. The lanes of a token's two columns have one half of each unit, steps 2 p
+    // and 2 p + 1 of the column of plane p: w[i] is the words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts them to both planes, keeps its own and gives the
     // other one away. Units beyond the warp's have codes and scales of zero: their inputs do not matter, as long as they are not
     // larger than the others.
-    __device__ __forceinline__ void set(int t, const uint4 (&w)[UNITS], uint32_t lane) {
-        uint32_t top = 0;
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) top = most(most(most(most(top, w[i].x), w[i].y), w[i].z), w[i].w);
+    __device__ __forceinline__ void set(int t, const uint4 (&w)[UNITS], uint32_t top, uint32_t lane) {
         uint32_t bits = bits_of(top);
 #pragma unroll
         for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
@@ -90,7 +87,7 @@ struct FixedInputs {
     __device__ __forceinline__ void set_one(const uint4 (&pieces)[PIECES], uint32_t bytes, uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) top = most(most(most(most(top, pieces[i].x), pieces[i].y), pieces[i].z), pieces[i].w);
+        for (int i = 0; i < PIECES; i++) top = most(top, pieces[i]);
         const __half2 inverse = scale_of_one(top);
         const uint32_t to = bytes + lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
@@ -175,6 +172,8 @@ struct FixedInputs {
     static __device__ __forceinline__ uint32_t most(uint32_t a, uint32_t b) {
         return as_u32(__hmax2_nan(as_half2(a), __habs2(as_half2(b))));
     }
+    static __device__ __forceinline__ uint32_t most(uint32_t a, const uint4& v) { return most(most(most(most(a, v.x), v.y), v.z), v.w); }
+    static __device__ __forceinline__ bool are_numbers(uint32_t pair) { return __hbeq2(as_half2(pair), as_half2(pair)); }
 
     // After the last tile `set`: sums. A product with ones in row i for unit i; transposed it is the operand.
     __device__ __forceinline__ void add_up(uint32_t lane) {

@@ -87,7 +87,7 @@ struct StripInputs {
         step[0] = Fixed::step_of(inverse);
     }
     static __device__ __forceinline__ uint32_t most_of(uint32_t top, const uint4& v) {
-        return Fixed::most(Fixed::most(Fixed::most(Fixed::most(top, v.x), v.y), v.z), v.w);
+        return Fixed::most(top, v);
     }
     // Where this lane's two columns of accumulators have the sums of a unit, or of half of it.
     __device__ __forceinline__ uint32_t sums_of(int t, int i, int h, uint32_t lane) const {
