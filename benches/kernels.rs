@@ -267,6 +267,9 @@ mod cuda {
             ("greedy, 8 rows, drafts", 1, 8, &speculating),
             ("greedy, 8 slots", 8, 8, &greedy),
             ("card, 8 slots", 8, 8, &card),
+            ("greedy, 16 slots", 16, 16, &greedy),
+            ("greedy, 32 slots", 32, 32, &greedy),
+            ("greedy, 64 slots", 64, 64, &greedy),
             ("card, 64 slots", 64, 64, &card),
         ] {
             let shape = SamplerShape { slots, rows, vocab: VOCAB, max_context: CONTEXT };

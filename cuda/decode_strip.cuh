@@ -55,9 +55,9 @@ struct FixedInputs {
     uint32_t sums[2];     // of v / 64 as B operand of m16n8k16: column 2 t is token t, 2 t + 1 token 4 + t; and what f16 left out
 
     // Tile t from f16; `top`: the largest of a lane's, by `most`. The lanes of a token's two columns have one half of each unit, steps 2 p
-    // and 2 p + 1 of the column of plane p: w[i] is the words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts them to both planes, keeps its own and gives the
-    // other one away. Units beyond the warp's have codes and scales of zero: their inputs do not matter, as long as they are not
-    // larger than the others.
+    // and 2 p + 1 of the column of plane p: w[i] is the words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts
+    // them to both planes, keeps its own and gives the other one away. Units beyond the warp's have codes and scales of zero: their
+    // inputs do not matter, as long as they are not larger than the others.
     __device__ __forceinline__ void set(int t, const uint4 (&w)[UNITS], uint32_t top, uint32_t lane) {
         uint32_t bits = bits_of(top);
 #pragma unroll

@@ -1,12 +1,14 @@
-// head — logits[m, v] = sum_k x[m, k] * E[v, k], table in units, f16 or packed, f32 logits, 1 to 64 tokens.   Reference: reference.rs::head
+// head — logits[m, v] = sum_k x[m, k] * E[v, k], table in units (f16 or packed), f32 logits, 1 to 64 tokens. Reference: reference.rs::head
 // Shapes   E 65024 x 4544; any vocab % 16 == 0, hidden % 64 == 0.
-// Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB, packed 109); warp w owns units w, w + 8, ...; loads of BATCH units
-//          are issued together, the first batch before the predecessor has finished. Sums in f32, warps added in warp order.
+// Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB, packed 109); warp w owns units w, w + 8, ...; loads of
+//          BATCH units are issued together, the first batch before the predecessor has finished. Sums in f32, warps added in warp order.
 //          9 to 64 tokens: one block an SM, its share of the rows in passes of up to 12 row tiles (batch.cuh), one pass over the table.
 // Numbers  packed units give the same bits as f16 ones: all their products are 8 times as large.
 // Floor    590.9 MB: 126 us at 4.70 TB/s; packed 443.2 MB: 94 us.
 // Measured f16 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200. Packed, two events
 //          included, which are 2 us: 108, 124, 111, 114, 144 at 1, 8, 16, 32, 64, where f16 took 141 at 1.
+// Tried    64 tokens, packed: the next unit unpacked while the tensor cores work, no serial wgmma: the same 144 us. Activations, read once
+//          a pass, three times in all, are 230 MB from L2 beside 443 of weights.
 // Serial   ptxas lets the wgmma of a unit wait for its operands' loads (C7513): the stream of the table hides it.
 #include "batch.cuh"
 

@@ -1,16 +1,19 @@
 // sample — a token from each row of logits, and the state of the next step.   Reference: src/sampler.rs, src/speculate.rs
 // start  — the state of the first.
 // Order    Hugging Face's: repetition penalty, no-repeat n-gram, then (temperature > 0) temperature, top_k, top_p, min_p, choice.
-// Mapping  grid (32 blocks, rows). Each warp surveys its part of the row (at 65024 one vector of four a thread): the best
-//          processed logit, the largest unprocessed one, the sum of exponentials, the lowest id that is no number. The last block of a
-//          row to arrive joins the surveys, in the order of a fixed tree (same bits every run), and makes the random choice
-//          (choice.cuh). The last row of a slot to arrive walks over its rows, tells the host, and sets up the next step.
+// Mapping  grid (32 blocks, rows); of more than 8 rows 8 or 4, with as many parts each. Each warp surveys its share of a part (at 65024
+//          one vector of four a thread): the best processed logit, the largest unprocessed one, the sum of exponentials, the lowest id
+//          that is no number. The last block of a row to arrive joins the surveys, in the order of a fixed tree (same bits every
+//          run), and makes the random choice (choice.cuh). The last row of a slot to arrive walks over its rows, tells the host, and
+//          sets up the next step.
 // Rows     Row j of a single slot supposes drafts 1 .. j of the step to be right: they are part of its history, of the ids it has
 //          seen, and of its position. So all rows choose at once, and what the walk keeps is what decoding one by one gives.
 // Arrivals Blocks of a row without a token arrive too: else one might look at step->tokens after the walk has set the next step's.
 // Floor    65024 logits from L2: 260 KB, 0.1 us; it is all latency: launch, logits, arrival, surveys, the end of the kernel.
 // Measured with a fence more at each arrival and one for the host, launched from the host: greedy 6.9 us; 8 rows with drafts 10.1; 8 slots
 //          6.9; the model card's temperature 0.7, top_k 50, top_p 0.95 22.8, 8 slots of it 24.7, 64 slots 52.9; top_p 0.9 of all 106; H200.
+//          Of more than 8 rows several parts a block, cold: greedy 10.3, 12.7, 19.1 at 16, 32, 64 slots; 64 slots of the card's 41.3.
+// Spills   24 bytes, of more than 8 rows.
 // Tried    one block a row: greedy 18 us, the card's settings 73. A fence for the host, so that it may look before the kernel has ended.
 #include "choice.cuh"
 
@@ -246,35 +249,48 @@ __device__ void advance(const SampleParams& p, DecodeState s, uint32_t slot, uin
     }
 }
 
-// Two blocks an SM: 8 rows are one wave.
+// Two blocks an SM: 8 rows of 32 blocks are one wave. Of more rows a block has several parts, of which TOGETHER are asked for at once, so
+// that they are one wave too.
+template <int TOGETHER>
 __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_constant__ SampleParams p) {
     overlap_next();
     __shared__ Marks marks;
     __shared__ Walk walked;
     __shared__ DecodeState state;
     const uint32_t row = blockIdx.y, slot = p.slots == 1 ? 0 : row, warp = threadIdx.x / 32;
-    const Part part = part_of(blockIdx.x, p.vocab);
+    const uint32_t parts = PEREGRINE_SAMPLE_BLOCKS / gridDim.x, first_part = blockIdx.x * parts;
     wait_previous();
-    // Asked for before it is known whether the row has a token: one latency less.
-    float4 values = {};
-    const uint32_t i = part.begin + threadIdx.x;
-    if (i < part.end) values = __ldcg(reinterpret_cast<const float4*>(p.logits + (size_t)row * p.vocab) + i);
+    float4 values[TOGETHER] = {};
+    const auto ask = [&](uint32_t from) {
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const Part part = part_of(from + j, p.vocab);
+            const uint32_t i = part.begin + threadIdx.x;
+            if (i < part.end) values[j] = __ldcg(reinterpret_cast<const float4*>(p.logits + (size_t)row * p.vocab) + i);
+        }
+    };
+    ask(first_part);  // before it is known whether the row has a token: one latency less
     const uint32_t tokens = min(p.step->tokens, p.rows);
     const DecodeState now = p.state[slot];
     if (threadIdx.x == 0) state = now;  // wanted at the end, and out of the registers until then
     const Row r = {row, slot, min(now.length, p.history_capacity), p.slots == 1 ? row : 0};
     const bool live = row < tokens && !now.done;
 
-    if (live) {
-        mark_part(p, r, part, marks);
-        const Survey s = survey(p, r, part, values, marks);
-        if (threadIdx.x % 32 == 0) {
-            float4* at = survey_at(p, row, blockIdx.x * BLOCK_WARPS + warp);
+    for (uint32_t from = first_part; live && from < first_part + parts; from += TOGETHER) {
+        if (from != first_part) ask(from);
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+            const Part part = part_of(from + j, p.vocab);
+            mark_part(p, r, part, marks);
+            const Survey s = survey(p, r, part, values[j], marks);
+            if (TOGETHER > 1) __syncthreads();  // the marks are the next part's
+            if (threadIdx.x % 32 != 0) continue;
+            float4* at = survey_at(p, row, (from + j) * BLOCK_WARPS + warp);
             at[0] = make_float4(__uint_as_float(s.key), __uint_as_float(s.id), s.top, s.sum);
             at[1] = make_float4(s.logit, __uint_as_float(s.fault), 0.f, 0.f);
         }
     }
-    if (!last_to_arrive(p.arrivals + row, PEREGRINE_SAMPLE_BLOCKS)) return;
+    if (!last_to_arrive(p.arrivals + row, gridDim.x)) return;
     Result result = {};
     if (live) result = choose_row(p, r);
     if (p.slots == 1 && p.rows > 1) {
@@ -317,7 +333,9 @@ extern "C" int32_t sample(const SampleParams* p, const Launch* l) {
     const bool settings = p->temperature >= 0.f && p->stop_count <= PEREGRINE_STOP_IDS;
     const bool drafts = p->drafts < p->rows && (p->slots == 1 || p->drafts == 0);
     if (!shape || !room || !settings || !drafts) return PEREGRINE_BAD_SHAPE;
-    return launch(sample_kernel, dim3(PEREGRINE_SAMPLE_BLOCKS, p->rows), BLOCK_THREADS, 0, l, *p);
+    static_assert(PEREGRINE_SAMPLE_BLOCKS % 8 == 0, "parts of a block");
+    const uint32_t parts = p->rows <= 8 ? 1 : p->rows <= 32 ? 4 : 8;  // of a block
+    return launch(parts == 1 ? sample_kernel<1> : sample_kernel<4>, dim3(PEREGRINE_SAMPLE_BLOCKS / parts, p->rows), BLOCK_THREADS, 0, l, *p);
 }
 
 extern "C" int32_t start(const StartParams* p, const Launch* l) {
