@@ -27,7 +27,7 @@ fn main() {
         Ok(engine) => engine,
         Err(error) => return eprintln!("SKIPPED steps: {error}"),
     };
-    let weights = engine.memory().weight_bytes as f64;
+    let weights = engine.memory().step_weight_bytes as f64;
     let vocab = engine.config().vocab_size as u64;
     println!("{}, context {context}, {:.2} GB of weights", engine.device_name(), weights / 1e9);
     println!(

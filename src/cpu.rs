@@ -32,6 +32,13 @@ impl CpuModel {
         Ok(CpuModel { checkpoint })
     }
 
+    /// Of [`CpuModel::weight_bytes`], bytes that a decode step reads: all but an embedding that is not the head.
+    #[must_use]
+    pub fn step_weight_bytes(&self) -> u64 {
+        let apart = self.checkpoint.lm_head().is_some();
+        self.weight_bytes() - if apart { self.checkpoint.embedding().bytes.len() as u64 } else { 0 }
+    }
+
     /// Bytes of the tensors a forward pass reads.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {

@@ -38,7 +38,7 @@ pub struct TensorGroup {
 pub struct MemoryPlan {
     /// Quantised matrices in the unit layout.
     pub matrices: u64,
-    /// Embedding, and the head if it is another, in f16.
+    /// Embedding, and the head if it is another, in f16; one whose values were bf16 takes three quarters of that once it is loaded.
     pub tables: u64,
     /// Norms and biases in f32, and the input order of act-order matrices in u32.
     pub vectors: u64,
@@ -242,7 +242,7 @@ impl Report {
         writeln!(f, "memory on a GPU")?;
         for (what, bytes) in [
             ("quantised matrices", m.matrices),
-            ("tables (f16)", m.tables),
+            ("tables (f16 at most)", m.tables),
             ("norms, biases", m.vectors),
             (&format!("cache for {} positions", c.max_positions), m.kv_full_context),
             ("together", m.total()),

@@ -102,6 +102,11 @@ impl Weights {
         self.layers.iter().any(sources)
     }
 
+    /// Bytes of device memory that a pass reads: of an embedding that is not the head hardly anything.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.bytes() - if self.head.is_some() { self.embedding.units.bytes() } else { 0 }
+    }
+
     /// Bytes of device memory.
     pub(crate) fn bytes(&self) -> u64 {
         let norm = |n: &Norm| n.weight.bytes() + n.bias.bytes();

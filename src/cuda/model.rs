@@ -82,6 +82,18 @@ impl CudaModel {
         self.weights.bytes()
     }
 
+    /// Of those, bytes that a decode step reads: all but an embedding that is not the head.
+    #[must_use]
+    pub fn step_weight_bytes(&self) -> u64 {
+        self.weights.read_bytes()
+    }
+
+    /// Bytes of the head's table.
+    #[must_use]
+    pub fn head_bytes(&self) -> u64 {
+        self.weights.head().units.bytes()
+    }
+
     /// Bytes of GPU memory in use, by anybody.
     pub fn gpu_used_bytes(&self) -> Result<u64> {
         let (free, total) = self.gpu.memory()?;

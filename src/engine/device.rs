@@ -89,12 +89,14 @@ impl Model {
         match self {
             Model::Cpu(model) => MemoryUse {
                 weight_bytes: model.weight_bytes(),
+                step_weight_bytes: model.step_weight_bytes(),
                 kv_bytes_per_token: kv_values_per_token * 4,
                 gpu_used_bytes: None,
             },
             #[cfg(feature = "cuda")]
             Model::Cuda(model) => MemoryUse {
                 weight_bytes: model.weight_bytes(),
+                step_weight_bytes: model.step_weight_bytes(),
                 kv_bytes_per_token: kv_values_per_token * 2,
                 gpu_used_bytes: model.gpu_used_bytes().ok(),
             },

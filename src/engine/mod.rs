@@ -57,6 +57,8 @@ pub struct SessionOptions {
 pub struct MemoryUse {
     /// Bytes of the weights: on the GPU, or on the CPU of the mapped files.
     pub weight_bytes: u64,
+    /// Of those, bytes that a decode step reads: all but an embedding that is not the head.
+    pub step_weight_bytes: u64,
     /// Bytes a token takes in a session's KV cache.
     pub kv_bytes_per_token: u64,
     /// Bytes in use on the GPU by this process and all others, if the device can tell.

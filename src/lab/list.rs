@@ -32,7 +32,10 @@ pub fn table(ceilings: Ceilings) -> String {
     let config = falcon();
     let up = format!("[qkv ; up] {} x {HIDDEN}", HIDDEN + 128 + FFN);
     let down = format!("[down | dense] {HIDDEN} x {}", FFN + HIDDEN);
-    let other = |op: &str, m: usize| breakdown::other_work(&config, op, m, if m == 1 { BEFORE } else { 0 });
+    // The table as `table_pack` makes it: 12 bits a value.
+    let head_bytes = (VOCAB * HIDDEN) as f64 * 1.5;
+    let before = |m: usize| if m == 1 { BEFORE } else { 0 };
+    let other = |op: &str, m: usize| breakdown::other_work(&config, op, m, before(m), head_bytes);
     // A prompt's products leave no slices to the norm.
     let up_product = |m: usize| breakdown::up_product(&config, m);
     let down_product = |m: usize| breakdown::down_product(&config, m, m == 1);

@@ -55,12 +55,13 @@ pub struct OpTime {
 pub fn measure(engine: &Engine, gpu: &Gpu, stream: &Stream, ceilings: Ceilings) -> Result<Vec<OpTime>> {
     let config = engine.config();
     let (context, prompt) = (CONTEXT.min(config.max_positions / 2), PROMPT.min(config.max_positions));
-    let tokens = |m: usize, context: usize| Tokens { m, context, sliced: m <= PARTIAL_TOKENS };
-    let (one, many) = (tokens(1, context), tokens(prompt, 0));
     let busy = Busy::new(gpu, stream)?;
     let mut sum = DevBuf::<f32>::zeros(stream, "sum", 1)?;
     let nothing = busy.record(|| ops::mma_peak(stream, &mut sum, 1, 1))?;
     let model = Arc::new(CudaModel::load(engine.checkpoint(), gpu.ordinal(), None)?);
+    let head_bytes = model.head_bytes() as f64;
+    let tokens = |m: usize, context: usize| Tokens { m, context, sliced: m <= PARTIAL_TOKENS, head_bytes };
+    let (one, many) = (tokens(1, context), tokens(prompt, 0));
     let mut ops = Vec::new();
     if model.why_not_persistent().is_none() {
         let launches = step(&model, &busy, context)?;
@@ -158,6 +159,8 @@ struct Tokens {
     context: usize,
     /// A layer's last product leaves its K slices to the norm.
     sliced: bool,
+    /// Of the head's table.
+    head_bytes: f64,
 }
 
 /// The launches of a pass, summed by op, in the order in which they come first.
@@ -168,7 +171,7 @@ fn gathered(
     tokens: Tokens,
     ceilings: Ceilings,
 ) -> Vec<OpTime> {
-    let Tokens { m, context, sliced } = tokens;
+    let Tokens { m, context, sliced, head_bytes } = tokens;
     let mut ops: Vec<OpTime> = Vec::new();
     let (mut products, mut norms) = (0, 0);
     for &(op, us) in launches {
@@ -184,7 +187,7 @@ fn gathered(
                 norms += 1;
                 (op.to_owned(), layernorm(config, m, norms > 1 && sliced))
             }
-            other => (other.to_owned(), other_work(config, other, m, context)),
+            other => (other.to_owned(), other_work(config, other, m, context, head_bytes)),
         };
         let floor_us = work.floor_seconds(ceilings.bytes_per_second, ceilings.flop_per_second) * 1e6;
         match ops.iter_mut().find(|known| known.op == name) {
@@ -227,9 +230,9 @@ pub fn layernorm(config: &ModelConfig, m: usize, adds: bool) -> Work {
     Work { bytes: (m * config.hidden_size * value) as f64, flop: (8 * m * config.hidden_size) as f64 }
 }
 
-/// Any other op.
+/// Any other op. `head_bytes`: those of the head's table.
 #[must_use]
-pub fn other_work(config: &ModelConfig, op: &str, m: usize, context: usize) -> Work {
+pub fn other_work(config: &ModelConfig, op: &str, m: usize, context: usize, head_bytes: f64) -> Work {
     let (hidden, heads, vocab) = (config.hidden_size, config.num_heads, config.vocab_size);
     let table = (vocab * hidden) as f64;
     let qkv = (m * config.qkv_size() * 2) as f64;
@@ -243,13 +246,13 @@ pub fn other_work(config: &ModelConfig, op: &str, m: usize, context: usize) -> W
         "rope" => Work { bytes: 2.0 * qkv, flop: (6 * m * heads * HEAD_DIM) as f64 },
         "attn_decode" | "attn_prefill" => attention,
         // A prompt's head is of its last token.
-        "head" => Work { bytes: table * 2.0 + (vocab * 4) as f64, flop: 2.0 * table },
+        "head" => Work { bytes: head_bytes + (vocab * 4) as f64, flop: 2.0 * table },
         "sample" => Work { bytes: (vocab * 4) as f64, flop: 0.0 },
         "decode_step" => {
             let (up, down) = (up_product(config, m), down_product(config, m, true));
             let layers = config.num_layers as f64;
             Work {
-                bytes: layers * (up.bytes + down.bytes + ((context + m) * 4 * HEAD_DIM) as f64) + table * 2.0,
+                bytes: layers * (up.bytes + down.bytes + ((context + m) * 4 * HEAD_DIM) as f64) + head_bytes,
                 flop: layers * (up.flop + down.flop + attention.flop) + 2.0 * m as f64 * table,
             }
         }

@@ -35,15 +35,6 @@ pub fn parameters(config: &ModelConfig) -> f64 {
     matrix_weights(config) + (config.vocab_size * config.hidden_size + norms) as f64
 }
 
-/// Bytes of weights a pass reads: of two tables the head, of the embedding hardly anything.
-#[must_use]
-pub fn weight_bytes(engine: &Engine) -> f64 {
-    let config = engine.config();
-    let apart = engine.checkpoint().lm_head().is_some();
-    let embedding = if apart { config.vocab_size * config.hidden_size * 2 } else { 0 };
-    (engine.memory().weight_bytes as f64 - embedding as f64).max(0.0)
-}
-
 /// A prompt of `tokens` after `depth` others, for each of `texts`, one text after the other: the weights are read once a text.
 #[must_use]
 pub fn prompt(engine: &Engine, tokens: usize, depth: usize, texts: usize) -> Work {
@@ -53,7 +44,7 @@ pub fn prompt(engine: &Engine, tokens: usize, depth: usize, texts: usize) -> Wor
     let head = 2.0 * (config.vocab_size * config.hidden_size) as f64;
     let kv = (depth + tokens) as f64 * engine.memory().kv_bytes_per_token as f64;
     let flop = 2.0 * matrix_weights(config) * tokens as f64 + attention + head;
-    Work { bytes: texts as f64 * (weight_bytes(engine) + kv), flop: texts as f64 * flop }
+    Work { bytes: texts as f64 * (engine.memory().step_weight_bytes as f64 + kv), flop: texts as f64 * flop }
 }
 
 /// A step that gives each of `texts` a token, after `context` others each.
@@ -63,5 +54,8 @@ pub fn step(engine: &Engine, context: f64, texts: usize) -> Work {
     let weights = matrix_weights(config) + (config.vocab_size * config.hidden_size) as f64;
     let attention = (context + 1.0) * (4 * config.num_heads * HEAD_DIM * config.num_layers) as f64;
     let kv = (context + 1.0) * engine.memory().kv_bytes_per_token as f64;
-    Work { bytes: weight_bytes(engine) + texts as f64 * kv, flop: texts as f64 * (2.0 * weights + attention) }
+    Work {
+        bytes: engine.memory().step_weight_bytes as f64 + texts as f64 * kv,
+        flop: texts as f64 * (2.0 * weights + attention),
+    }
 }
