@@ -75,7 +75,12 @@ impl Pass<'_> {
         for (i, layer) in weights.layers.iter().enumerate() {
             self.qkv_up(layer, tokens)?;
             self.attention(i, tokens)?;
-            self.down_dense(i, tokens)?;
+            let sum = self.down_dense(i, tokens);
+            if sum.is_err() && self.awaits_attention(i, tokens) {
+                // Whether or not that works: the first error is the one to tell.
+                let _ = self.scratch.attn.forget(stream);
+            }
+            sum?;
             let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
             let s = &mut *self.scratch;
             let sum =

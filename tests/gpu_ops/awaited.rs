@@ -51,6 +51,13 @@ impl Layer {
         let mut scratch = AttnScratch::new(stream, heads, CONTEXT, m).unwrap();
         let (mut qkv, mut x) = (nan16(stream, m * qkv_size), nan16(stream, m * wide));
         let mut sums: Vec<_> = inputs.iter().map(|_| nan32(stream, self.slices * m * hidden)).collect();
+        if awaited && !calm {
+            // Attention behind which no product comes changes nothing, once it is forgotten.
+            let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
+            let tokens = StepTokens::list(&words, m);
+            ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
+            scratch.forget(stream).unwrap();
+        }
         for (input, sums) in inputs.iter().zip(&mut sums) {
             let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
             let (split_row, gelu_stride) = (qkv_size, wide);

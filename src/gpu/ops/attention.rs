@@ -101,6 +101,12 @@ impl AttnScratch {
         self.arrivals.require(op, groups + READY_WORDS)
     }
 
+    /// After a call whose output is [`awaited`](AttnOutput::awaited), and behind which no product was launched: what it says of its progress
+    /// is forgotten. The next product would take it for its own attention's.
+    pub fn forget(&mut self, stream: &Stream) -> Result<()> {
+        self.arrivals.upload(stream, 0, &vec![0; self.arrivals.len()])
+    }
+
     /// The words by which a product awaits a call of `tokens` tokens.
     pub(super) fn ready(&self, op: &str, stream: &Stream, tokens: usize) -> Result<*mut u32> {
         let groups = tokens * self.heads.div_ceil(UNIT_ROWS);
