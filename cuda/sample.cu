@@ -249,8 +249,8 @@ __device__ void advance(const SampleParams& p, DecodeState s, uint32_t slot, uin
     }
 }
 
-// Two blocks an SM: 8 rows of 32 blocks are one wave. Of more rows a block has several parts, of which TOGETHER are asked for at once, so
-// that they are one wave too.
+// Two blocks an SM, 264 on an H200: 8 rows of 32 blocks are one wave. Of more rows a block has several parts, of which TOGETHER are asked
+// for at once, so that 32 rows of 8 blocks and 64 of 4 are one wave too.
 template <int TOGETHER>
 __global__ void __launch_bounds__(BLOCK_THREADS, 2) sample_kernel(const __grid_constant__ SampleParams p) {
     overlap_next();
@@ -334,7 +334,7 @@ extern "C" int32_t sample(const SampleParams* p, const Launch* l) {
     const bool drafts = p->drafts < p->rows && (p->slots == 1 || p->drafts == 0);
     if (!shape || !room || !settings || !drafts) return PEREGRINE_BAD_SHAPE;
     static_assert(PEREGRINE_SAMPLE_BLOCKS % 8 == 0, "parts of a block");
-    const uint32_t parts = p->rows <= 8 ? 1 : p->rows <= 32 ? 4 : 8;  // of a block
+    const uint32_t parts = p->rows <= 8 ? 1 : p->rows <= 32 ? 4 : 8;  // of a block: see sample_kernel
     return launch(parts == 1 ? sample_kernel<1> : sample_kernel<4>, dim3(PEREGRINE_SAMPLE_BLOCKS / parts, p->rows), BLOCK_THREADS, 0, l, *p);
 }
 

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Raw tensors of one matrix at a time lie in one scratch buffer (45 MB for Falcon-7B), so GPU memory never holds the weights
-//! twice. Resident: 110 MB a layer and 443 MB for the table that embedding and head share, or 591 if its values need 16 bits.
+//! twice, but for the table while it is packed, before all else is there. Resident: 110 MB a layer and 443 MB for the table that
+//! embedding and head share, or 591 if its values need 16 bits.
 
 use crate::checkpoint::{Checkpoint, FloatTensor, GptqTensor, NormTensors};
 use crate::error::{Error, Result};
