@@ -36,6 +36,7 @@ extern "C" {
 #define PEREGRINE_BACKOFF 64       // most steps without drafts
 #define PEREGRINE_ATTN_CHUNK 128   // fewest keys of an item of attention in a decode step, where a token has several
 #define PEREGRINE_READY_WORDS 3    // by which attention lets the product behind it begin
+#define PEREGRINE_PIECE_BYTES 4096 // of memory that are on the same side of L2
 
 struct CUstream_st;
 
@@ -350,6 +351,17 @@ typedef struct MmaPeakParams {
     uint32_t blocks;
 } MmaPeakParams;
 int32_t mma_peak(const MmaPeakParams* p, const Launch* l);
+
+// sides: how many cycles atomics on each of some pieces of memory take each multiprocessor, measured one after the other.
+typedef struct SidesParams {
+    uint32_t* data;          // pieces of PEREGRINE_PIECE_BYTES; written, but not changed
+    const uint32_t* pieces;  // [count] numbers of pieces of data, not clamped
+    uint32_t* cycles;        // [blocks, count]
+    uint32_t* smid;          // [blocks] multiprocessor of each block, no two of the same
+    uint32_t* turn;          // one value, zero before
+    uint32_t count, blocks;  // blocks <= multiprocessors
+} SidesParams;
+int32_t sides(const SidesParams* p, const Launch* l);
 
 // The text of a launcher's positive code.
 const char* launch_error_name(int32_t code);

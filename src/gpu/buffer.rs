@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, PinnedHostSlice, ValidAsZeroBits};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr, PinnedHostSlice, ValidAsZeroBits};
 
 use super::context::{Event, Gpu, Stream, driver_error};
+use super::pages::Memory;
 use crate::error::{Error, Result};
 use crate::sampler::Sampled;
 
 /// A run of device memory with a name for error messages.
 pub struct DevBuf<T> {
-    pub(super) slice: CudaSlice<T>,
+    pub(super) slice: Memory<T>,
     pub(super) name: &'static str,
     /// Elements in front and behind that are not part of it: see [`DevBuf::guarded`].
     pub(super) margin: usize,
@@ -22,15 +23,10 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
     /// # Errors
     /// [`Error::OutOfGpuMemory`] with the buffer's name and size.
     pub fn zeros(stream: &Stream, name: &'static str, elems: usize) -> Result<DevBuf<T>> {
-        let slice = stream.inner.alloc_zeros(elems).map_err(|e| match driver_error(name, e) {
-            Error::OutOfGpuMemory { .. } => Error::OutOfGpuMemory {
-                what: name.into(),
-                needed_bytes: (elems * size_of::<T>()) as u64,
-                free_bytes: stream.inner.context().mem_get_info().ok().map(|(free, _)| free as u64),
-            },
-            other => other,
-        })?;
-        Ok(DevBuf { slice, name, margin: 0 })
+        let made = stream.inner.alloc_zeros(elems);
+        let slice =
+            made.map_err(|e| with_size(stream, name, elems * size_of::<T>(), driver_error(name, e)))?;
+        Ok(DevBuf { slice: Memory::of_slice(slice), name, margin: 0 })
     }
 
     /// A copy of `host`.
@@ -111,6 +107,18 @@ impl<T: DeviceRepr + ValidAsZeroBits + Copy> DevBuf<T> {
     pub(super) fn ptr_mut(&mut self, stream: &Stream) -> *mut T {
         let (pointer, _guard) = self.slice.device_ptr_mut(&stream.inner);
         (pointer as *mut T).wrapping_add(self.margin)
+    }
+}
+
+/// If memory ran out: by whom, how much was wanted, how much there is.
+pub(super) fn with_size(stream: &Stream, name: &str, bytes: usize, error: Error) -> Error {
+    match error {
+        Error::OutOfGpuMemory { .. } => Error::OutOfGpuMemory {
+            what: name.into(),
+            needed_bytes: bytes as u64,
+            free_bytes: stream.inner.context().mem_get_info().ok().map(|(free, _)| free as u64),
+        },
+        other => other,
     }
 }
 

@@ -12,6 +12,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
 use super::buffer::DevBuf;
 use super::ffi;
+use super::pages::Spares;
 use crate::error::{Error, Result};
 
 /// The oldest GPU there are kernels for (Ampere), as major * 10 + minor.
@@ -191,6 +192,7 @@ impl Gpu {
             sync: debug.sync,
             splits: true,
             split_sums: OnceLock::new(),
+            spares: Mutex::default(),
         }
     }
 }
@@ -205,6 +207,8 @@ pub struct Stream {
     /// `gptq_gemm` is given room for [`SplitSums`], so that it spreads a product over all multiprocessors. Not while capturing.
     splits: bool,
     split_sums: OnceLock<SplitSums>,
+    /// Pages for `DevBuf::on_sides`, until `Stream::drop_spare_pages`.
+    pub(super) spares: Mutex<Spares>,
 }
 
 /// What `gptq_gemm` needs to share tiles between blocks. Kernels of one stream use it one after the other.
@@ -220,8 +224,8 @@ impl Stream {
     pub(super) fn another(&self) -> Result<Stream> {
         let inner = self.inner.context().new_stream().map_err(|e| driver_error("making a stream", e))?;
         // It captures, and nothing may be allocated meanwhile.
-        let (splits, split_sums) = (false, OnceLock::new());
-        Ok(Stream { inner, overlap: self.overlap, sync: self.sync, splits, split_sums })
+        let (splits, split_sums, spares) = (false, OnceLock::new(), Mutex::default());
+        Ok(Stream { inner, overlap: self.overlap, sync: self.sync, splits, split_sums, spares })
     }
 
     /// Room for shared tiles, allocated when it is first wanted; `None`: this stream's kernels do without.

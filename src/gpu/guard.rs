@@ -63,7 +63,7 @@ impl<T: Guard> DevBuf<T> {
     /// A driver failure.
     pub fn trespass(&self, stream: &Stream) -> Result<Option<isize>> {
         let (margin, len) = (self.margin, self.len());
-        let all = stream.inner.clone_dtoh(&self.slice).map_err(|e| driver_error(self.name, e))?;
+        let all = stream.inner.clone_dtoh(&*self.slice).map_err(|e| driver_error(self.name, e))?;
         stream.synchronize()?;
         let touched = |i: &usize| !all[*i].same(T::GUARD);
         let behind = (margin + len..all.len()).find(touched).map(|i| (i - margin - len) as isize);

@@ -1,6 +1,6 @@
 //! The device layer: everything `unsafe` of the GPU is in here, behind wrappers that check shapes.
 //!
-//! `ffi` (generated from `cuda/kernels.h`) < [`context`], [`buffer`] < [`spans`], [`swap`] < [`ops`], [`graph`]; [`nvml`] asks how the GPU
+//! `ffi` (generated from `cuda/kernels.h`) < [`context`], [`buffer`], `pages` < [`spans`], [`swap`] < [`ops`], [`graph`] < [`sides`]; [`nvml`] asks how the GPU
 //! is, [`nvtx`] tells profilers what it does. Each block of `unsafe` names the
 //! check that proves it. Nothing above this module sees a pointer.
 
@@ -13,6 +13,8 @@ mod guard;
 pub mod nvml;
 pub mod nvtx;
 pub mod ops;
+mod pages;
+pub mod sides;
 pub mod spans;
 pub mod swap;
 
@@ -20,3 +22,4 @@ pub use buffer::{Arrival, DevBuf, MappedFault, MappedTokens, Staging, StepFault,
 pub use context::{Gpu, Stream};
 pub use graph::StepGraph;
 pub use guard::Guard;
+pub use sides::Sides;

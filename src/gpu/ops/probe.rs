@@ -1,4 +1,4 @@
-//! What is asked of a GPU, not of a model: `unpack_check`, `stream_read`, `mma_peak`.
+//! What is asked of a GPU, not of a model: `unpack_check`, `sides`, `stream_read`, `mma_peak`.
 
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
@@ -12,6 +12,51 @@ pub fn unpack_check(stream: &Stream) -> Result<u32> {
     let mut mismatches = DevBuf::<u32>::zeros(stream, "mismatches", 1)?;
     call!(unpack_check, stream, ffi::UnpackCheckParams { mismatches: mismatches.ptr_mut(stream) })?;
     Ok(mismatches.download(stream, 0, 1)?[0])
+}
+
+/// Bytes of memory that are on one side of L2.
+pub const PIECE_BYTES: usize = ffi::PEREGRINE_PIECE_BYTES as usize;
+
+/// What a multiprocessor found in [`sides`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SideTimes {
+    /// Its number.
+    pub smid: u32,
+    /// Cycles of each piece.
+    pub cycles: Vec<u32>,
+}
+
+/// `sides`: how many cycles atomics on each of the `pieces` of `data` (in units of [`PIECE_BYTES`]) take each of `blocks`
+/// multiprocessors. Waits for the answer.
+#[allow(unsafe_code)]
+pub fn sides(
+    stream: &Stream,
+    data: &mut DevBuf<u8>,
+    pieces: &[u32],
+    blocks: usize,
+) -> Result<Vec<SideTimes>> {
+    let op = "sides";
+    let pieces_of_data = pieces.iter().max().map_or(0, |&last| last as usize + 1);
+    data.require(op, pieces_of_data * PIECE_BYTES)?;
+    let count = pieces.len();
+    let pieces = DevBuf::from_host(stream, "pieces", pieces)?;
+    let mut cycles = DevBuf::<u32>::zeros(stream, "cycles", blocks * count)?;
+    let mut smid = DevBuf::<u32>::zeros(stream, "numbers of multiprocessors", blocks)?;
+    let mut turn = DevBuf::<u32>::zeros(stream, "turn", 1)?;
+    let params = ffi::SidesParams {
+        data: data.ptr_mut(stream).cast(),
+        pieces: pieces.ptr(stream),
+        cycles: cycles.ptr_mut(stream),
+        smid: smid.ptr_mut(stream),
+        turn: turn.ptr_mut(stream),
+        count: u32_of(op, count)?,
+        blocks: u32_of(op, blocks)?,
+    };
+    call!(sides, stream, params)?;
+    let cycles = cycles.download(stream, 0, blocks * count)?;
+    let smid = smid.download(stream, 0, blocks)?;
+    let rows = cycles.chunks_exact(count.max(1)).map(<[u32]>::to_vec);
+    Ok(smid.into_iter().zip(rows).map(|(smid, cycles)| SideTimes { smid, cycles }).collect())
 }
 
 /// `stream_read`: reads all of `data` once with `blocks` blocks; gives the exclusive or of its words by way of `mix [1]`.
