@@ -198,6 +198,11 @@ mod cuda {
         let mut random = Random::new(7);
         let sets = [products_of_layer(s, &mut random)?, products_of_layer(s, &mut random)?];
         let table = kit::table(s, VOCAB, HIDDEN, true)?.1;
+        let on_sides = |set: &(Int4Matrix, Int4Matrix)| -> Result<Option<(OnSides, OnSides)>> {
+            Ok(OnSides::matrix(s, &set.0)?.zip(OnSides::matrix(s, &set.1)?))
+        };
+        let copies = [on_sides(&sets[0])?, on_sides(&sets[1])?];
+        let head_copy = OnSides::table(s, &table)?;
         let norm = Norm {
             weight: DevBuf::from_host(s, "weight", &[1.0; HIDDEN])?,
             bias: DevBuf::zeros(s, "bias", HIDDEN)?,
@@ -229,12 +234,13 @@ mod cuda {
             let times = b.timer.times(&mut |s| {
                 let layers = caches.iter_mut().enumerate().map(|(i, cache)| {
                     let (qkv_up, down_dense) = &sets[i % 2];
-                    DecodeLayer { norm: &norm, qkv_up, down_dense, cache }
+                    DecodeLayer { norm: &norm, qkv_up, down_dense, on_sides: copies[i % 2].as_ref(), cache }
                 });
                 let model = DecodeModel {
                     layers: layers.collect(),
                     embedding: &table,
                     head: &table,
+                    head_on_sides: head_copy.as_ref(),
                     final_norm: &norm,
                     rope_table: &rope_table,
                 };

@@ -185,7 +185,7 @@ struct Consumer {
     // Several tokens' norms after `layer` layers: blocks that computed all for themselves, as with one token, would read 36 KB for each.
     // Instead one block a token does, and publishes what all others read.
     __device__ __forceinline__ void publish_norm(const uint64_t* residual, const float* weight, const float* bias, uint32_t layer) {
-        const uint32_t m = norm_owner_of();
+        const uint32_t m = norm_owner_of(shared.block);
         if (m >= tokens) return;
         uint32_t pairs[WARP_UNITS];
         norm_token(pairs, residual + m * p.hidden, weight, bias, layer);
@@ -279,7 +279,7 @@ struct Consumer {
         uint32_t phases = turn_phases(turn, phase);
         turn = warp() % GROUP_WARPS;
 #pragma unroll 1
-        for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
+        for (uint32_t t = shared.block; t < p.head_tiles; t += gridDim.x) {
             const uint32_t stage = stage_of(p, turn, group), from = address(shared.ring[0][0]) + stage * S::STAGE_BYTES + lane() * 16;
             barrier_wait(address(shared.full[0]) + stage * 8, phases >> turn & 1);
             float acc[4] = {0.f, 0.f, 0.f, 0.f};

@@ -12,6 +12,7 @@
 #include "attn_decode.cuh"
 #include "bulk.cuh"
 #include "decode_words.cuh"
+#include "sides.cuh"
 #include "units.cuh"
 
 namespace {
@@ -41,6 +42,7 @@ struct Shared {
     alignas(16) float2 moments[2][CONSUMERS];
     StepToken token[TOKENS];
     uint32_t runs[MOST_RUNS];
+    uint32_t block;  // the number of this block, see block_number
     uint64_t full[STAGES], empty[STAGES];
     uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
 };
@@ -54,6 +56,7 @@ struct Args : DecodeStepParams {
     uint32_t slices, head_tiles;
     uint32_t qkv_turn, wide_turn;      // values of one turn of `qkv` and `wide`
     AttnDecodeParams attn[PEREGRINE_STEP_LAYERS];
+    uint32_t placed;                   // block_of says which block a multiprocessor is
     float hidden_share;                // 1 / hidden
     float inputs[CONSUMERS], last_share;  // inputs of a consumer warp's units, and 1 / those of the last owner
     explicit Args(const DecodeStepParams& p) : DecodeStepParams(p) {
@@ -77,57 +80,71 @@ __device__ __forceinline__ uint32_t readers(const Args& p, uint32_t stage) {
     return min(GROUP_WARPS, p.owners - stage % p.groups * GROUP_WARPS);
 }
 
+// The number of this block. All blocks are resident, each alone on its multiprocessor, so each number is given once.
+__device__ __forceinline__ uint32_t block_number(const Args& p) {
+    uint32_t multiprocessor;
+    asm("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+    return p.placed ? p.block_of[multiprocessor % PEREGRINE_STEP_SMS] : blockIdx.x;
+}
+
 // There are no more blocks than row tiles of [down | dense], so every block contributes to the residual in each layer: whoever has all
 // of a layer's knows that every block has come as far, its storer included.
 //
-// The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: a run
-// of the strips of all slices but the last, slice by slice, so that a block needs the inputs of one or two; then a run of the last slice
-// (attention's output), which has until then to be ready.
-__device__ __forceinline__ uint32_t share(uint32_t block, uint32_t count) { return block * count / gridDim.x; }
-// First strip of a block, of those of slices 0 .. slices - 2: slice * wide_tiles + tile.
-__device__ __forceinline__ uint32_t first_run(const Args& p, uint32_t block) { return share(block, (p.slices - 1) * p.wide_tiles); }
-// First tile of a block, of the last slice. Together with the other run a block has its even share of all strips.
-__device__ __forceinline__ uint32_t last_run(const Args& p, uint32_t block) {
-    return share(block, p.slices * p.wide_tiles) - first_run(p, block);
-}
-// With more than one token: whose norm this block computes, or a number beyond them.
-__device__ __forceinline__ uint32_t norm_owner_of() {
+// The strips of a block. [qkv ; up]: every gridDim-th row tile, queries first, so that attention can begin early. [down | dense]: of the
+// row tiles of its side (sides.cuh; even blocks have even ones) a run of the strips of all slices but the last, slice by slice, so that a
+// block needs the inputs of one or two; then a run of the last slice (attention's output), which has until then to be ready.
+struct Share {
+    uint32_t block, blocks, tiles;  // of one side
+    __device__ __forceinline__ Share(const Args& p, uint32_t block)
+        : block(block / 2), blocks((gridDim.x + 1 - block % 2) / 2), tiles((p.wide_tiles + 1 - block % 2) / 2) {}
+    // Where the share of the `ahead`-th block from this one on begins, of `count` strips.
+    __device__ __forceinline__ uint32_t begin(uint32_t ahead, uint32_t count) const { return (block + ahead) * count / blocks; }
+    // Of the strips of slices 0 .. slices - 2: slice * tiles + tile.
+    __device__ __forceinline__ uint32_t first_run(uint32_t ahead, uint32_t slices) const { return begin(ahead, (slices - 1) * tiles); }
+    // Of the last slice. Together with the other run a block has its even share of all strips.
+    __device__ __forceinline__ uint32_t last_run(uint32_t ahead, uint32_t slices) const {
+        return begin(ahead, slices * tiles) - first_run(ahead, slices);
+    }
+};
+// With more than one token: whose norm a block computes, or a number beyond them.
+__device__ __forceinline__ uint32_t norm_owner_of(uint32_t block) {
     const uint32_t apart = max(gridDim.x / TOKENS, 1u);
-    return blockIdx.x % apart == 0 ? blockIdx.x / apart : TOKENS;
+    return block % apart == 0 ? block / apart : TOKENS;
 }
 // Where it is published: layers take turns, the last norm has a place of its own.
 __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
     return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
 }
 
-// The block's runs of strips as a list in shared memory, where loops over it need no registers: slice | tile << 8 | count << 20. The first
-// is that of [qkv ; up], the last one is followed by 0.
+// The block's runs of strips as a list in shared memory, where loops over it need no registers: slice | tile / 2 << 8 | count << 20. The
+// first is that of [qkv ; up], the last one is followed by 0.
 constexpr uint32_t QKV_UP = 255;  // in place of a slice
 __device__ __forceinline__ uint32_t run_slice(uint32_t run) { return run & 255; }
-__device__ __forceinline__ uint32_t run_tile(uint32_t run) { return run >> 8 & 4095; }
+__device__ __forceinline__ uint32_t run_place(uint32_t run) { return run >> 8 & 4095; }
 __device__ __forceinline__ uint32_t run_count(uint32_t run) { return run >> 20; }
 
-__device__ __forceinline__ void plan_runs(const Args& p, uint32_t (&runs)[MOST_RUNS]) {
-    const auto run = [](uint32_t slice, uint32_t tile, uint32_t count) { return slice | tile << 8 | count << 20; };
-    runs[0] = run(QKV_UP, blockIdx.x, (p.qkv_tiles - blockIdx.x + gridDim.x - 1) / gridDim.x);
-    uint32_t n = 1, at = first_run(p, blockIdx.x);
-    const uint32_t end = first_run(p, blockIdx.x + 1);
+__device__ __forceinline__ void plan_runs(const Args& p, uint32_t block, uint32_t (&runs)[MOST_RUNS]) {
+    const auto run = [](uint32_t slice, uint32_t place, uint32_t count) { return slice | place << 8 | count << 20; };
+    const Share share(p, block);
+    runs[0] = run(QKV_UP, 0, (p.qkv_tiles - block + gridDim.x - 1) / gridDim.x);
+    uint32_t n = 1, at = share.first_run(0, p.slices);
+    const uint32_t end = share.first_run(1, p.slices);
     while (at < end) {
-        const uint32_t slice = at / p.wide_tiles, tile = at - slice * p.wide_tiles, count = min(p.wide_tiles - tile, end - at);
-        runs[n++] = run(slice, tile, count);
+        const uint32_t slice = at / share.tiles, place = at - slice * share.tiles, count = min(share.tiles - place, end - at);
+        runs[n++] = run(slice, place, count);
         at += count;
     }
-    const uint32_t tile = last_run(p, blockIdx.x), count = last_run(p, blockIdx.x + 1) - tile;
-    if (count) runs[n++] = run(p.slices - 1, tile, count);
+    const uint32_t place = share.last_run(0, p.slices), count = share.last_run(1, p.slices) - place;
+    if (count) runs[n++] = run(p.slices - 1, place, count);
     runs[n] = 0;
 }
 // Calls strip(tile, slice) for each strip of [down | dense] of the block.
 template <typename Strip>
-__device__ __forceinline__ void for_each_down_dense(const uint32_t (&runs)[MOST_RUNS], Strip strip) {
+__device__ __forceinline__ void for_each_down_dense(const uint32_t (&runs)[MOST_RUNS], uint32_t block, Strip strip) {
 #pragma unroll 1
     for (const uint32_t* run = runs + 1; *run; run++)
 #pragma unroll 1
-        for (uint32_t i = 0; i < run_count(*run); i++) strip(run_tile(*run) + i, run_slice(*run));
+        for (uint32_t i = 0; i < run_count(*run); i++) strip((run_place(*run) + i) * 2 + block % 2, run_slice(*run));
 }
 
 // Stage `turn` of a group; the stages of a strip lie side by side.

@@ -17,6 +17,8 @@
 //
 //           The residual is an integer of 2^-24 steps with a count, so its sums need no order and tell when they are complete.
 //           One token: every block computes the norm for itself. More: one block a token does, and publishes it.
+// Memory    Weights lie on the side of L2 that reads them (sides.cuh), so a block is the one for its multiprocessor's side, and the link
+//           between the sides is free for the words that blocks write for each other.
 // Buffers   qkv, wide (MLP and attention output) and the norms have three turns: layer l writes one, the storers clear that of l - 1, and
 //           that of l + 1 has been clear since before anyone could get there. The residual has two halves, for even and odd steps.
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
@@ -45,7 +47,9 @@
 //                                            after           1.024       1.035      1.187      1.282       1.149       1.606
 //           head                             f16             1.022                  1.161 to 1.184
 //                                            packed          0.995                  1.141 to 1.166
-// Bound     A layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
+//           weights on either side of L2                     0.992       1.006      1.137        1.254
+//                   on the near one                          0.919       0.943      1.095        1.131   more: decode_producer.cuh
+// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
@@ -107,7 +111,11 @@
 //           g + 8 without a mask, 18 instructions a strip of 180 less: 0.985 to 0.989, 1.133 to 1.146. Slices of [down | dense] side by
 //           side in memory instead of a row tile's: 0.978 to 0.985 (against 0.982 to 0.985), the same
 //           What is not there found as not a number, 59 instructions less to take 8 tokens' inputs: 1.138 for 1.142, kept
-// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
+//           Without waiting for slices of [down | dense] (wrong, shows what a join costs): 0.988 for 0.994, 1.133 for 1.138; without taking
+//           their inputs at all 0.983, 1.087. So a join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of
+//           `down`, would give one token 1 % at most. Without waiting for the norm 8 tokens 1.105. Blocks with a run of the slice that is
+//           complete last take attention's first: 0.986, but at 1900 1.145 for 1.011, 8 tokens 1.184.
+// Next      8 tokens' inputs read once by two multiprocessors together. Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
 //           take inputs of a slice costs 8 tokens 1.3 us, of the norm 0.7, since the weights stand in front of it. For 8 texts of more
 //           than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers wait.
 // Spills    76 bytes, 248 with a packed head, in whose loop five registers are reloaded: in attention and once a layer or less; none in
@@ -220,11 +228,11 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
-    if (threadIdx.x == 32) plan_runs(p, shared.runs);  // beside the thread that makes the barriers
+    if (threadIdx.x == 32) shared.block = block_number(p), plan_runs(p, shared.block, shared.runs);  // beside the thread that makes the barriers
     pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {
-        if (threadIdx.x % 32 < p.groups) {
+        if (Producer<ZEROS, PACKED>::group() < p.groups) {
             Producer<ZEROS, PACKED> producer{p, shared};
             producer.run();
         }
@@ -287,8 +295,9 @@ extern "C" int32_t decode_step(const DecodeStepParams* p, const Launch* l) {
     if (p->layers == 0 || p->layers > PEREGRINE_STEP_LAYERS || 1 + p->layers * (p->ffn / p->hidden + 1) > 255) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS || p->blocks == 0 || p->blocks > p->vocab / UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
     if (p->slots == 0 || p->max_context == 0 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31) return PEREGRINE_BAD_SHAPE;
-    const Args args(*p);
+    Args args(*p);
     const dim3 grid(min(p->blocks, args.wide_tiles));
+    args.placed = p->sides != 0 && grid.x == p->blocks;  // else nobody knows which multiprocessors they are on
     if (grid.x < TOKENS) return PEREGRINE_BAD_SHAPE;  // each norm of several tokens is a block's
     const auto kernel = p->has_zeros ? p->head_packed ? decode_step_kernel<true, true> : decode_step_kernel<true, false>
                                      : p->head_packed ? decode_step_kernel<false, true> : decode_step_kernel<false, false>;

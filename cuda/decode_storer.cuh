@@ -84,7 +84,7 @@ struct Storer {
     // of it are in the residual that the layer under way began with. The fence: whoever sees what this block writes from here on
     // sees the marks too.
     __device__ __forceinline__ void clear(uint32_t layer) const {
-        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
+        for (uint32_t t = shared.block; t < p.qkv_tiles; t += gridDim.x)
             for (uint32_t i = lane(); i < tokens * UNIT_ROWS / 2; i += 32) {
                 const uint32_t m = i / (UNIT_ROWS / 2), row = i % (UNIT_ROWS / 2) * 2;
                 store(layer, t, m, row, NOT_READY);
@@ -95,12 +95,12 @@ struct Storer {
         __threadfence();
     }
     __device__ __forceinline__ void clear_normed(uint32_t layer) const {
-        const uint32_t owned = norm_owner_of();
+        const uint32_t owned = norm_owner_of(shared.block);
         if (owned >= TOKENS) return;
         for (uint32_t i = lane(); i < p.hidden / 2; i += 32) store_relaxed(normed_of(p, layer) + owned * p.hidden + 2 * i, NOT_READY);
     }
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
-        for (uint32_t t = blockIdx.x; t < p.qkv_tiles; t += gridDim.x)
+        for (uint32_t t = shared.block; t < p.qkv_tiles; t += gridDim.x)
             take([&](float (&sum)[ROWS], bool active) {
                 if (t * UNIT_ROWS >= p.qkv_size)
 #pragma unroll
@@ -112,19 +112,17 @@ struct Storer {
         else clear_normed(p.layers);  // of the step before
     }
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
-        for_each_down_dense(
-            shared.runs,
-            [&](uint32_t tile, uint32_t) {
-                take([&](const float (&sum)[ROWS], bool active) {
-                    if (!active) return;
-                    uint64_t* to = residual + token() * p.hidden + tile * UNIT_ROWS + row();
+        for_each_down_dense(shared.runs, shared.block, [&](uint32_t tile, uint32_t) {
+            take([&](const float (&sum)[ROWS], bool active) {
+                if (!active) return;
+                uint64_t* to = residual + token() * p.hidden + tile * UNIT_ROWS + row();
 #pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-                        broken |= !(fabsf(sum[r]) < X_LIMIT);
-                        add_relaxed(to + r * STEP, contribution(sum[r]));
-                    }
-                });
+                for (int r = 0; r < ROWS; r++) {
+                    broken |= !(fabsf(sum[r]) < X_LIMIT);
+                    add_relaxed(to + r * STEP, contribution(sum[r]));
+                }
             });
+        });
     }
     // The norm's weights of the layer to come, into L2: they would be waited for.
     __device__ __forceinline__ void prefetch(const float* weight, const float* bias) const {
@@ -138,14 +136,14 @@ struct Storer {
             prefetch(last ? p.final_weight : p.layer[l + 1].norm_weight, last ? p.final_bias : p.layer[l + 1].norm_bias);
             qkv_up(l), down_dense(residual);
         }
-        for (uint32_t t = blockIdx.x; t < p.head_tiles; t += gridDim.x) {
+        for (uint32_t t = shared.block; t < p.head_tiles; t += gridDim.x) {
             take([&](const float (&sum)[ROWS], bool active) {
                 if (!active) return;
                 float* to = p.logits + (size_t)token() * p.vocab + t * UNIT_ROWS + row();
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) to[r * STEP] = broken ? __int_as_float(0x7fffffff) : sum[r];  // the sampler will say so
             });
-            if (t == blockIdx.x) clear(p.layers - 1);
+            if (t == shared.block) clear(p.layers - 1);
         }
     }
 };

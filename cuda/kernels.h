@@ -36,7 +36,7 @@ extern "C" {
 #define PEREGRINE_BACKOFF 64       // most steps without drafts
 #define PEREGRINE_ATTN_CHUNK 128   // fewest keys of an item of attention in a decode step, where a token has several
 #define PEREGRINE_READY_WORDS 3    // by which attention lets the product behind it begin
-#define PEREGRINE_PIECE_BYTES 4096 // of memory that are on the same side of L2
+#define PEREGRINE_PIECE_BYTES 4096 // of memory that are on the same side of L2 (cuda/sides.cuh)
 
 struct CUstream_st;
 
@@ -118,6 +118,15 @@ typedef struct GptqRepackParams {
     uint32_t scales_per_row, has_zeros, zero_offset;
 } GptqRepackParams;
 int32_t gptq_repack(const GptqRepackParams* p, const Launch* l);
+
+// to_sides: a matrix in units once more, in the order in which its bytes come from the near side of L2 (cuda/sides.cuh).
+typedef struct ToSidesParams {
+    const uint8_t* units;  // [tiles][tile_bytes]
+    uint8_t* to;           // pairs of pieces, as many as the longer of the two streams of row tiles takes
+    uint32_t tiles, tile_bytes;  // tile_bytes a multiple of 16
+    uint32_t sides;        // the bits of an offset whose parity is a piece's side
+} ToSidesParams;
+int32_t to_sides(const ToSidesParams* p, const Launch* l);
 
 // row_factors: what GptqMatrix::row_factors points to. The largest scale of a row, times its factor twice, is in [2^13, 2^15).
 typedef struct RowFactorsParams {
@@ -224,11 +233,12 @@ int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn
+#define PEREGRINE_STEP_SMS 256    // numbers that multiprocessors may have
 
 // What a decode step reads of one layer.
 typedef struct DecodeLayer {
-    const uint8_t* qkv_up;      // units of [qkv ; up]: [((heads + 2) * 64 + ffn) / 16][hidden / 64]
-    const uint8_t* down_dense;  // units of [down | dense]: [hidden / 16][(ffn + hidden) / 64]
+    const uint8_t* qkv_up;      // units of [qkv ; up]: [((heads + 2) * 64 + ffn) / 16][hidden / 64]; in the order of to_sides if the
+    const uint8_t* down_dense;  // call's `sides`. Units of [down | dense]: [hidden / 16][(ffn + hidden) / 64], likewise
     const float* norm_weight;   // [hidden]
     const float* norm_bias;     // [hidden]
     uint16_t* k_cache;          // [slots, max_context, 64] f16, rotated keys
@@ -245,7 +255,7 @@ typedef struct DecodeFault {
 typedef struct DecodeStepParams {
     DecodeLayer layer[PEREGRINE_STEP_LAYERS];
     const uint8_t* embedding;   // units [vocab / 16][hidden / 64]: f16, or packed by table_pack
-    const uint8_t* head;        // the same
+    const uint8_t* head;        // the same, but in the order of to_sides if `sides`
     const float* final_weight;  // [hidden]
     const float* final_bias;    // [hidden]
     const float* table;         // [max_context, 32, 2]: cos and sin
@@ -262,6 +272,8 @@ typedef struct DecodeStepParams {
     uint32_t layers, hidden, ffn, heads, vocab, slots, max_context, has_zeros;
     uint32_t embedding_packed, head_packed;
     uint32_t blocks;            // what decode_step_blocks said
+    uint32_t sides;             // of to_sides, for the matrices of all layers and the head; 0: they are plain units
+    uint8_t block_of[PEREGRINE_STEP_SMS];  // if `sides`, the number of the block on each multiprocessor, by %smid: even ones are at side 0
     uint32_t patience;          // polls before a block gives up
     float epsilon;
 } DecodeStepParams;

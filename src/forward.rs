@@ -105,17 +105,19 @@ impl Pass<'_> {
             return self.head(0, rows, 0);
         };
         let weights = self.weights;
-        let layers = weights.layers.iter().zip(&mut self.cache.layers);
-        let layers = layers.map(|(layer, cache)| DecodeLayer {
+        let layers = weights.layers.iter().zip(&mut self.cache.layers).enumerate();
+        let layers = layers.map(|(i, (layer, cache))| DecodeLayer {
             norm: &layer.norm,
             qkv_up: &layer.qkv_up,
             down_dense: &layer.down_dense,
+            on_sides: weights.on_sides.as_ref().and_then(|copy| copy.layers.get(i)),
             cache,
         });
         let model = DecodeModel {
             layers: layers.collect(),
             embedding: &weights.embedding,
             head: weights.head(),
+            head_on_sides: weights.on_sides.as_ref().map(|copy| &copy.head),
             final_norm: &weights.final_norm,
             rope_table: &weights.rope_table,
         };

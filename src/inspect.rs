@@ -249,6 +249,7 @@ impl Report {
         ] {
             writeln!(f, "  {what:26} {:>10}", show_bytes(bytes))?;
         }
+        writeln!(f, "  (Hopper: what decode steps read once more, if half of what is free is enough)")?;
         if let Some(free) = self.gpu_free_bytes {
             let fits = if free >= m.total() { "it fits, before working buffers" } else { "it does not fit" };
             writeln!(f, "  {:26} {:>10}  {fits}", "free on this GPU", show_bytes(free))?;

@@ -19,6 +19,8 @@ pub const UNIT_ROWS: usize = 16;
 pub const UNIT_INPUTS: usize = 64;
 /// Bytes of the 4-bit codes of a unit.
 pub const UNIT_CODE_BYTES: usize = UNIT_ROWS * UNIT_INPUTS / 2;
+/// Bytes of memory that are on the same side of L2, see [`crate::repack::to_sides`].
+pub const PIECE_BYTES: usize = 4096;
 /// The only head width the kernels are written for; every Falcon has it.
 pub const HEAD_DIM: usize = 64;
 

@@ -3,7 +3,7 @@
 
 use crate::checkpoint::GptqTensor;
 use crate::error::{Error, Result};
-use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
+use crate::layout::{PIECE_BYTES, UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS, f16_to_f32, f32_to_f16};
 
 /// Inputs that must share a scale: half a unit.
 const HALF_INPUTS: usize = UNIT_INPUTS / 2;
@@ -106,6 +106,34 @@ pub fn gptq_repack(
     out
 }
 
+/// Bytes of memory for a matrix of `tiles` row tiles of `tile_bytes`, in the order of [`to_sides`].
+#[must_use]
+pub fn sides_bytes(tiles: usize, tile_bytes: usize) -> usize {
+    (tiles.div_ceil(2) * tile_bytes).div_ceil(PIECE_BYTES) * 2 * PIECE_BYTES
+}
+
+/// Where byte `at` of row tile `tile` lies, as `cuda/sides.cuh` draws it.
+fn on_side(tile: usize, tile_bytes: usize, at: usize, sides: u32) -> usize {
+    let (stream, offset) = (tile % 2, tile / 2 * tile_bytes + at);
+    let pair = offset / PIECE_BYTES * 2 * PIECE_BYTES;
+    let second = ((pair as u32 & sides).count_ones() as usize + stream) % 2;
+    pair + second * PIECE_BYTES + offset % PIECE_BYTES
+}
+
+/// Units, row tile after row tile, in the order in which they lie in GPU memory: even row tiles are one stream of bytes and odd ones another,
+/// and of each pair of pieces of 4096 bytes one is each stream's next; which, is the parity of bits `sides` of the pair's offset. The rest of
+/// the memory, [`sides_bytes`] of it, is zero.
+#[must_use]
+pub fn to_sides(units: &[u8], tile_bytes: usize, sides: u32) -> Vec<u8> {
+    let mut memory = vec![0; sides_bytes(units.len() / tile_bytes, tile_bytes)];
+    for (tile, bytes) in units.chunks_exact(tile_bytes).enumerate() {
+        for (at, &byte) in bytes.iter().enumerate() {
+            memory[on_side(tile, tile_bytes, at, sides)] = byte;
+        }
+    }
+    memory
+}
+
 /// Of each row of a matrix in units the f16 by which `gptq_batch` and `gptq_gemm` multiply its scales twice: a power of two, such that the largest
 /// comes to 2^13 at least and stays below 2^15. `[n / 16][8][2]`, rows g and g + 8: what the kernel `row_factors` writes. A row of zeros has
 /// 1; tiny rows have 2^15, which is too little for them.
@@ -182,4 +210,45 @@ pub fn table_pack(units: &[u16]) -> Option<Vec<u16>> {
         }
     }
     Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Three row tiles of 5000 bytes: two streams of 10000 and 5000 bytes, three pairs of pieces.
+    #[test]
+    fn streams_take_turns_by_pieces() {
+        let tile_bytes = 5000;
+        let units: Vec<u8> = (0..3 * tile_bytes).map(|i| (i / tile_bytes * 80 + i % 79 + 1) as u8).collect();
+        assert_eq!(sides_bytes(3, tile_bytes), 3 * 2 * PIECE_BYTES);
+        let piece =
+            |tile: usize, from: usize, to: usize| &units[tile * tile_bytes + from..tile * tile_bytes + to];
+        // Without bits the even tiles' stream is first in every pair; bit 13 turns round the second pair.
+        for (sides, turned) in [(0, false), (1 << 13, true)] {
+            let memory = to_sides(&units, tile_bytes, sides);
+            assert_eq!(&memory[..4096], piece(0, 0, 4096));
+            assert_eq!(&memory[4096..8192], piece(1, 0, 4096));
+            let (even, odd) = if turned { (12288, 8192) } else { (8192, 12288) };
+            assert_eq!(&memory[even..even + 904], piece(0, 4096, 5000), "{sides:#x}");
+            assert_eq!(&memory[even + 904..even + 4096], piece(2, 0, 3192), "{sides:#x}");
+            assert_eq!(&memory[odd..odd + 904], piece(1, 4096, 5000), "{sides:#x}");
+            assert_eq!(&memory[16384..16384 + 1808], piece(2, 3192, 5000), "{sides:#x}");
+            let rest = memory.iter().filter(|&&byte| byte == 0).count();
+            assert_eq!(rest, 6 * PIECE_BYTES - units.len(), "nothing is written twice");
+        }
+    }
+
+    #[test]
+    fn no_byte_is_lost_whatever_the_bits() {
+        let units: Vec<u8> = (0..9 * 544 * 23).map(|i| (i % 251) as u8 + 1).collect();
+        for sides in [0, 0x2a_b000, 0xb_3000, u32::MAX] {
+            let mut memory = to_sides(&units, 544 * 23, sides);
+            memory.retain(|&byte| byte != 0);
+            let (mut got, mut want) = (memory, units.clone());
+            got.sort_unstable();
+            want.sort_unstable();
+            assert!(got == want, "{sides:#x}");
+        }
+    }
 }

@@ -11,7 +11,7 @@
 use crate::checkpoint::{Checkpoint, FloatTensor, GptqTensor, NormTensors};
 use crate::error::{Error, Result};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
+use crate::gpu::ops::{self, Int4Matrix, Norm, OnSides, RawGptq, Table};
 use crate::gpu::{DevBuf, Gpu, Staging, Stream, total_time};
 use crate::inspect;
 use crate::layout::UNIT_ROWS;
@@ -48,6 +48,21 @@ pub(crate) struct Weights {
     pub(crate) final_norm: Norm,
     /// `[max_positions, 32, 2]`: cos and sin.
     pub(crate) rope_table: DevBuf<f32>,
+    /// What a decode step reads once more, see [`Weights::lay_on_sides`].
+    pub(crate) on_sides: Option<WeightsOnSides>,
+}
+
+/// All matrices by the sides of L2, for `decode_step`.
+pub(crate) struct WeightsOnSides {
+    /// `qkv_up` and `down_dense` of each layer.
+    pub(crate) layers: Vec<(OnSides, OnSides)>,
+    pub(crate) head: OnSides,
+}
+
+impl WeightsOnSides {
+    fn bytes(&self) -> u64 {
+        self.head.bytes() + self.layers.iter().map(|(a, b)| a.bytes() + b.bytes()).sum::<u64>()
+    }
 }
 
 impl Weights {
@@ -78,7 +93,35 @@ impl Weights {
         times.within("copies to the GPU", loader.staging.copy_time()?);
         times.within("repacking on the GPU", total_time(&loader.repacks)?);
         times.lap("weights");
-        Ok(Weights { embedding, head, layers, final_norm, rope_table })
+        Ok(Weights { embedding, head, layers, final_norm, rope_table, on_sides: None })
+    }
+
+    /// Makes the copy that `decode_step` reads faster, where L2 has sides and half of the memory that is free is enough for it: the other
+    /// kernels want plain units (`cuda/sides.cuh` says why), and there is no GPU with sides that has little memory.
+    ///
+    /// # Errors
+    /// A driver failure. That there is no memory for it is none.
+    pub(crate) fn lay_on_sides(&mut self, gpu: &Gpu, stream: &Stream) -> Result<()> {
+        let (free, _) = gpu.memory()?;
+        if self.read_bytes() <= free / 2 {
+            self.on_sides = match self.copy_on_sides(stream) {
+                Err(Error::OutOfGpuMemory { .. }) => None, // somebody else was faster
+                copied => copied?,
+            };
+            stream.drop_spare_pages();
+        }
+        stream.synchronize()
+    }
+
+    fn copy_on_sides(&self, stream: &Stream) -> Result<Option<WeightsOnSides>> {
+        let Some(head) = OnSides::table(stream, self.head())? else { return Ok(None) };
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let both = (OnSides::matrix(stream, &layer.qkv_up)?, OnSides::matrix(stream, &layer.down_dense)?);
+            let (Some(qkv_up), Some(down_dense)) = both else { return Ok(None) };
+            layers.push((qkv_up, down_dense));
+        }
+        Ok(Some(WeightsOnSides { layers, head }))
     }
 
     /// The table of the head.
@@ -105,11 +148,16 @@ impl Weights {
 
     /// Bytes of device memory that a pass reads: of an embedding that is not the head hardly anything.
     pub(crate) fn read_bytes(&self) -> u64 {
-        self.bytes() - if self.head.is_some() { self.embedding.units.bytes() } else { 0 }
+        self.plain_bytes() - if self.head.is_some() { self.embedding.units.bytes() } else { 0 }
     }
 
     /// Bytes of device memory.
     pub(crate) fn bytes(&self) -> u64 {
+        self.plain_bytes() + self.on_sides.as_ref().map_or(0, WeightsOnSides::bytes)
+    }
+
+    /// Those of them that are no copy.
+    fn plain_bytes(&self) -> u64 {
         let norm = |n: &Norm| n.weight.bytes() + n.bias.bytes();
         let optional = |b: &Option<DevBuf<f32>>| b.as_ref().map_or(0, DevBuf::bytes);
         let source = |b: &Option<DevBuf<u32>>| b.as_ref().map_or(0, DevBuf::bytes);

@@ -70,7 +70,7 @@ fn cuda_a_packed_table_changes_no_logit() {
             golden::unless_no_gpu(Checkpoint::open(&path).and_then(|c| CudaModel::load(&c, 0, None)))
         };
         let (Some(packed), Some(plain)) = (load(false), load(true)) else { break };
-        let saved = plain.weight_bytes() - packed.weight_bytes();
+        let saved = plain.step_weight_bytes() - packed.step_weight_bytes();
         assert_eq!(saved, (VOCAB * HIDDEN / 2) as u64, "{set}: four bits a value");
         let per_op = |misfit| load(misfit).map(CudaModel::without_persistent);
         let (Some(packed_per_op), Some(plain_per_op)) = (per_op(false), per_op(true)) else { break };

@@ -15,6 +15,7 @@ use std::time::Instant;
 use common::gpu;
 use peregrine::Error;
 use peregrine::gpu::{DevBuf, ops};
+use peregrine::layout::PIECE_BYTES;
 
 const MB: usize = 1 << 20;
 
@@ -92,10 +93,10 @@ fn cuda_pieces_are_on_the_side_the_mask_says() {
     let bytes = 61 * MB + 1;
     for round in 0..3 {
         let mut buffer = DevBuf::on_sides(&stream, "bytes", bytes).unwrap();
-        let pieces: Vec<u32> = (0..(bytes / ops::PIECE_BYTES) as u32).step_by(37).collect();
+        let pieces: Vec<u32> = (0..(bytes / PIECE_BYTES) as u32).step_by(37).collect();
         let times = ops::sides(&stream, &mut buffer, &pieces, 1).unwrap();
         let side = sides.side_of(times[0].smid).unwrap();
-        let far = |piece: u32| parity((piece * ops::PIECE_BYTES as u32) & mask) != side;
+        let far = |piece: u32| parity((piece * PIECE_BYTES as u32) & mask) != side;
         // The threshold is between the middle ones of either kind.
         let middle = |wanted: bool| {
             let of_kind = pieces.iter().zip(&times[0].cycles).filter(|(piece, _)| far(**piece) == wanted);

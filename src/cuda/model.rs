@@ -41,7 +41,7 @@ impl CudaModel {
         load_times.lap("CUDA context");
         let gemv_works = ops::unpack_check(&stream)? == 0;
         load_times.lap("first kernel");
-        let weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
+        let mut weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
         let config = checkpoint.config().clone();
         let blocks = ops::decode_step_blocks(&gpu, weights.has_zeros())?;
         let persistent = if crate::trace::switches().no_persistent {
@@ -49,12 +49,17 @@ impl CudaModel {
         } else {
             persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
         };
+        if persistent.is_ok() {
+            weights.lay_on_sides(&gpu, &stream)?;
+            load_times.lap("their copy by the sides of L2");
+        }
         Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent, load_times })
     }
 
     /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
     #[must_use]
-    pub fn without_persistent(self) -> CudaModel {
+    pub fn without_persistent(mut self) -> CudaModel {
+        self.weights.on_sides = None;
         CudaModel { persistent: Err("it was switched off"), ..self }
     }
 

@@ -5,6 +5,7 @@ use super::super::buffer::{DevBuf, MappedFault, StepFault};
 use super::super::context::Stream;
 use super::super::ffi;
 use super::attention::{AttnScratch, LayerCache};
+use super::on_sides::OnSides;
 use super::product::Int4Matrix;
 use super::rows::Norm;
 use super::step::STEP_WORDS;
@@ -65,6 +66,8 @@ pub struct DecodeLayer<'a> {
     pub qkv_up: &'a Int4Matrix,
     /// `[hidden, ffn + hidden]`
     pub down_dense: &'a Int4Matrix,
+    /// Both once more, by the sides of L2: of all layers or of none. Then these are read.
+    pub on_sides: Option<&'a (OnSides, OnSides)>,
     /// Keys and values.
     pub cache: &'a mut LayerCache,
 }
@@ -77,6 +80,8 @@ pub struct DecodeModel<'a> {
     pub embedding: &'a Table,
     /// `[vocab, hidden]`
     pub head: &'a Table,
+    /// The head once more, by the sides of L2, if the layers are.
+    pub head_on_sides: Option<&'a OnSides>,
     /// In front of the head.
     pub final_norm: &'a Norm,
     /// `[max_context, 32, 2]`: cos and sin.
@@ -143,17 +148,25 @@ fn layer_params(
     op: &str,
     stream: &Stream,
     shape: &DecodeShape,
+    sides: u32,
     layer: &mut DecodeLayer<'_>,
 ) -> Result<ffi::DecodeLayer> {
-    let matrix = |w: &Int4Matrix, n: usize, k: usize| -> Result<*const u8> {
+    if layer.on_sides.is_some() != (sides != 0) {
+        return Err(wrong("a part of the weights by the sides of L2, wanted all or none".into()));
+    }
+    let matrix = |w: &Int4Matrix, on_sides: Option<&OnSides>, n: usize, k: usize| -> Result<*const u8> {
         if (w.n, w.k, w.scales_per_row, w.has_zeros) != (n, k, 1, shape.has_zeros) {
             return Err(wrong(format!(
                 "a matrix [{}, {}] with {} scales, zero points: {}; wanted [{n}, {k}] with 1, {}",
                 w.n, w.k, w.scales_per_row, w.has_zeros, shape.has_zeros
             )));
         }
-        w.units
-            .require(op, n / UNIT_ROWS * (k / UNIT_INPUTS) * Int4Matrix::unit_bytes(1, shape.has_zeros))?;
+        let (tiles, tile_bytes) =
+            (n / UNIT_ROWS, k / UNIT_INPUTS * Int4Matrix::unit_bytes(1, shape.has_zeros));
+        if let Some(copy) = on_sides {
+            return copy.ptr(op, stream, tiles, tile_bytes, sides);
+        }
+        w.units.require(op, tiles * tile_bytes)?;
         Ok(w.units.ptr(stream))
     };
     let cache = &mut *layer.cache;
@@ -164,8 +177,18 @@ fn layer_params(
     layer.norm.weight.require(op, shape.hidden)?;
     layer.norm.bias.require(op, shape.hidden)?;
     Ok(ffi::DecodeLayer {
-        qkv_up: matrix(layer.qkv_up, shape.qkv_size() + shape.ffn, shape.hidden)?,
-        down_dense: matrix(layer.down_dense, shape.hidden, shape.wide_size())?,
+        qkv_up: matrix(
+            layer.qkv_up,
+            layer.on_sides.map(|(w, _)| w),
+            shape.qkv_size() + shape.ffn,
+            shape.hidden,
+        )?,
+        down_dense: matrix(
+            layer.down_dense,
+            layer.on_sides.map(|(_, w)| w),
+            shape.hidden,
+            shape.wide_size(),
+        )?,
         norm_weight: layer.norm.weight.ptr(stream),
         norm_bias: layer.norm.bias.ptr(stream),
         k_cache: cache.k.ptr_mut(stream),
@@ -201,15 +224,27 @@ pub fn decode_step(
     if model.layers.len() > STEP_LAYERS {
         return Err(wrong(format!("{} layers, wanted at most {STEP_LAYERS}", model.layers.len())));
     }
+    let sides = model.head_on_sides.map_or(0, OnSides::sides);
+    let mut block_of = [0; ffi::PEREGRINE_STEP_SMS as usize];
+    for (to, &block) in block_of.iter_mut().zip(stream.sides().map_or(&[][..], |s| s.block_of())) {
+        *to = block;
+    }
     let mut layer = [ffi::DecodeLayer::default(); STEP_LAYERS];
     for (to, from) in layer.iter_mut().zip(&mut model.layers) {
-        *to = layer_params(op, stream, &shape, from)?;
+        *to = layer_params(op, stream, &shape, sides, from)?;
     }
     let (attn_partials, attn_arrivals) = scratch.attn.ptrs(stream);
     let params = ffi::DecodeStepParams {
         layer,
         embedding: model.embedding.units.ptr(stream).cast(),
-        head: model.head.units.ptr(stream).cast(),
+        head: match model.head_on_sides {
+            None => model.head.units.ptr(stream).cast(),
+            Some(copy) => {
+                let tiles = vocab / UNIT_ROWS;
+                let tile_bytes = Table::words(UNIT_ROWS, hidden, model.head.packed) * 2;
+                copy.ptr(op, stream, tiles, tile_bytes, sides)?
+            }
+        },
         final_weight: model.final_norm.weight.ptr(stream),
         final_bias: model.final_norm.bias.ptr(stream),
         table: model.rope_table.ptr(stream),
@@ -234,6 +269,8 @@ pub fn decode_step(
         embedding_packed: u32::from(model.embedding.packed),
         head_packed: u32::from(model.head.packed),
         blocks: u32_of(op, shape.blocks)?,
+        sides,
+        block_of,
         patience: PATIENCE,
         epsilon: model.final_norm.epsilon,
     };

@@ -4,11 +4,12 @@
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
 //! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack, row_factors. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
-//! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `step`: the tokens of a call. `sampling`:
+//! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `on_sides`: to_sides. `step`: the tokens of a call. `sampling`:
 //! start, sample. `probe`: unpack_check, sides, stream_read, mma_peak.
 
 mod attention;
 mod decode_step;
+mod on_sides;
 mod probe;
 mod product;
 mod rows;
@@ -26,7 +27,8 @@ pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefi
 pub use decode_step::{
     DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
 };
-pub use probe::{PIECE_BYTES, SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
+pub use on_sides::{OnSides, to_sides};
+pub use probe::{SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, row_factors,
     slices,

@@ -5,6 +5,7 @@ use super::super::context::Stream;
 use super::super::ffi;
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
+use crate::layout::PIECE_BYTES;
 
 /// `unpack_check`: the number of (code, activation) pairs for which this GPU's tensor cores do not keep subnormals.
 #[allow(unsafe_code)]
@@ -14,8 +15,7 @@ pub fn unpack_check(stream: &Stream) -> Result<u32> {
     Ok(mismatches.download(stream, 0, 1)?[0])
 }
 
-/// Bytes of memory that are on one side of L2.
-pub const PIECE_BYTES: usize = ffi::PEREGRINE_PIECE_BYTES as usize;
+const _: () = assert!(PIECE_BYTES == ffi::PEREGRINE_PIECE_BYTES as usize);
 
 /// What a multiprocessor found in [`sides`].
 #[derive(Debug, Clone, PartialEq, Eq)]
