@@ -15,10 +15,15 @@
 //             two in the first 2 strips of it                                0.920       0.967       0.963      1.092      1.126
 //             two in the first 4                                             0.920       0.955       0.984      1.097      1.132
 //             two in the first 8                                             0.919       0.943       0.977      1.095      1.131
+//             before what follows                                            0.934       0.964       0.979      1.112
+//             and blocks with fewer strips give way                          0.925       0.944       0.976      1.124
+//             that, one more card                                            0.913       0.933       0.965      1.094
 // Tried       On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900, 1.168
 //             with 8. Of two stages the second only in part: 1.011 to 1.018, where lanes wait for different ones. A stage no sooner than 1700
 //             cycles behind the one before: 1.004, 1900: 1.083. One in flight for the first strips of [down | dense] instead: 1.017 at 1900
-//             where 0.985. Without the hint 0.963, 1.191. Three in flight in the head: the same.
+//             where 0.985. Without the hint 0.963, 1.191. Three in flight in the head: the same. Giving way for 2, 3, 5, 6 strips 0.934,
+//             0.929, 0.931, 0.946 where it is 0.925; for 4 or 8 of [down | dense] 0.954, 0.989; also in attention's slice 0.930 (0.913); all
+//             blocks for the first strip or two 0.929, 0.933 (0.913). Shares of 21 and 22 strips instead of 20 to 22: the same.
 #pragma once
 #include "decode_plan.cuh"
 #include "launch.cuh"
@@ -31,6 +36,9 @@ namespace {
 constexpr uint32_t PIECES = 8;
 // Strips of [qkv ; up] asked for with two stages under way, if attention is long, or there are several tokens.
 constexpr uint32_t EARLY_LONG = 8, EARLY_SEVERAL = 2;
+// First strips of a layer asked for with one stage under way by a block that has fewer strips than the average: those that have more, for
+// which all wait, get more of the memory meanwhile.
+constexpr uint32_t GIVE_WAY = 4;
 
 template <bool ZEROS, bool PACKED>
 struct Producer {
@@ -42,6 +50,7 @@ struct Producer {
     uint32_t turn = 0, phase = 0;   // stage to fill next, and the parity of its next use
     uint32_t issued = 0;
     uint32_t older = 0, older_phase = 0, newer = 0, newer_phase = 0;  // barriers of the last two stages asked for, if there are any
+    uint32_t give_way = 0;          // strips of [qkv ; up] before those, of a block that has fewer strips than others
     bool two = false;               // stages may be under way, else one
     uint32_t early = ~0u;           // strips of [qkv ; up] for which that is so
 
@@ -96,7 +105,7 @@ struct Producer {
         const uint32_t slice_bytes = p.units * S::BYTES, at = first * S::BYTES;
         bool going = true;
         for (uint32_t t = block, n = 0; t < p.qkv_tiles && going; t += gridDim.x, n++) {
-            two = p.sides && n < early;
+            two = p.sides && n >= give_way && n < early;
             going = push(l.qkv_up, t, slice_bytes, at, bytes);
         }
         two = p.sides != 0;
@@ -134,6 +143,9 @@ struct Producer {
     }
     __device__ void run() {
         bool going = true;
+        uint32_t own = 0;
+        for (const uint32_t* run = shared.runs; *run; run++) own += run_count(*run);
+        if (own * gridDim.x < p.qkv_tiles + p.slices * p.wide_tiles) give_way = GIVE_WAY;
         for (uint32_t i = 0; i < p.layers && going; i++) going = layer(p.layer[i]);
         wait_flight(true), wait_flight(false);
         if (issued <= S::DEPTH) {  // a model so small that no push has asked
