@@ -48,7 +48,8 @@
 //           head                             f16             1.022                  1.161 to 1.184
 //                                            packed          0.995                  1.141 to 1.166
 //           weights on either side of L2                     0.992       1.006      1.137        1.254
-//                   on the near one                          0.919       0.943      1.095        1.131   more: decode_producer.cuh
+//                   on the near one                          0.919       0.943      1.095        1.131
+//                   and blocks that give way, another card   0.913       0.933      1.094                more: decode_producer.cuh
 // Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
 //           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
 //           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
