@@ -119,8 +119,8 @@
 // Next      8 tokens' inputs read once by two multiprocessors together. Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
 //           take inputs of a slice costs 8 tokens 1.3 us, of the norm 0.7, since the weights stand in front of it. For 8 texts of more
 //           than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers wait.
-// Spills    76 bytes, 248 with a packed head, in whose loop five registers are reloaded: in attention and once a layer or less; none in
-//           loops over strips, none between a layer's last strip and the next layer's first with one token.
+// Spills    64 bytes, 168 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
+//           one register a strip with 2 to 4 tokens, and once a layer or less; none in loops over strips with one token or 8.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"

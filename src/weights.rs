@@ -1,4 +1,4 @@
-//! The weights of a model on the GPU, each held once, and the way they get there.
+//! The weights of a model on the GPU, each held once (what decode steps read on Hopper, twice), and the way they get there.
 //!
 //! ```text
 //! mapped file --threads--> pinned half --copy engine--> raw tensors on the GPU --repack kernel--> units

@@ -81,13 +81,13 @@ impl CudaModel {
         self.load_times.parts()
     }
 
-    /// Bytes of the resident weights.
+    /// Bytes of the resident weights, with the copy that `decode_step` reads.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()
     }
 
-    /// Of those, bytes that a decode step reads: all but an embedding that is not the head.
+    /// Of those, bytes that a decode step reads, once: all but an embedding that is not the head.
     #[must_use]
     pub fn step_weight_bytes(&self) -> u64 {
         self.weights.read_bytes()

@@ -55,9 +55,9 @@ pub struct SessionOptions {
 /// Memory a loaded model takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Bytes of the weights: on the GPU, or on the CPU of the mapped files.
+    /// Bytes of the weights: on the GPU, where Hopper has those twice that a decode step reads, or on the CPU of the mapped files.
     pub weight_bytes: u64,
-    /// Of those, bytes that a decode step reads: all but an embedding that is not the head.
+    /// Of those, bytes that a decode step reads, once: all but an embedding that is not the head.
     pub step_weight_bytes: u64,
     /// Bytes a token takes in a session's KV cache.
     pub kv_bytes_per_token: u64,
