@@ -4,20 +4,24 @@
 //! mapped file --threads--> pinned half --copy engine--> raw tensors on the GPU --repack kernel--> units
 //! ```
 //!
-//! Raw tensors of one matrix at a time lie in one scratch buffer (45 MB for Falcon-7B), so GPU memory never holds the weights
+//! Raw tensors of one matrix at a time lie in one scratch buffer (45 MB for Falcon-7B), so loading never holds the weights
 //! twice, but for the table while it is packed, before all else is there. Resident: 110 MB a layer and 443 MB for the table that
 //! embedding and head share, or 591 if its values need 16 bits.
+
+mod on_sides;
+mod size;
 
 use crate::checkpoint::{Checkpoint, FloatTensor, GptqTensor, NormTensors};
 use crate::error::{Error, Result};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, Int4Matrix, Norm, OnSides, RawGptq, Table};
+use crate::gpu::ops::{self, Int4Matrix, Norm, RawGptq, Table};
 use crate::gpu::{DevBuf, Gpu, Staging, Stream, total_time};
 use crate::inspect;
 use crate::layout::UNIT_ROWS;
 use crate::reference;
 use crate::repack::InputOrder;
 use crate::timing::LoadTimes;
+use on_sides::WeightsOnSides;
 
 /// Called with bytes done and bytes in all.
 pub(crate) type Progress = fn(done_bytes: u64, total_bytes: u64);
@@ -52,19 +56,6 @@ pub(crate) struct Weights {
     pub(crate) on_sides: Option<WeightsOnSides>,
 }
 
-/// All matrices by the sides of L2, for `decode_step`.
-pub(crate) struct WeightsOnSides {
-    /// `qkv_up` and `down_dense` of each layer.
-    pub(crate) layers: Vec<(OnSides, OnSides)>,
-    pub(crate) head: OnSides,
-}
-
-impl WeightsOnSides {
-    fn bytes(&self) -> u64 {
-        self.head.bytes() + self.layers.iter().map(|(a, b)| a.bytes() + b.bytes()).sum::<u64>()
-    }
-}
-
 impl Weights {
     /// Uploads and repacks everything; returns when it is done.
     ///
@@ -96,34 +87,6 @@ impl Weights {
         Ok(Weights { embedding, head, layers, final_norm, rope_table, on_sides: None })
     }
 
-    /// Makes the copy that `decode_step` reads faster, where L2 has sides and half of the memory that is free is enough for it: the other
-    /// kernels want plain units (`cuda/sides.cuh` says why), and there is no GPU with sides that has little memory.
-    ///
-    /// # Errors
-    /// A driver failure. That there is no memory for it is none.
-    pub(crate) fn lay_on_sides(&mut self, gpu: &Gpu, stream: &Stream) -> Result<()> {
-        let (free, _) = gpu.memory()?;
-        if self.read_bytes() <= free / 2 {
-            self.on_sides = match self.copy_on_sides(stream) {
-                Err(Error::OutOfGpuMemory { .. }) => None, // somebody else was faster
-                copied => copied?,
-            };
-            stream.drop_spare_pages();
-        }
-        stream.synchronize()
-    }
-
-    fn copy_on_sides(&self, stream: &Stream) -> Result<Option<WeightsOnSides>> {
-        let Some(head) = OnSides::table(stream, self.head())? else { return Ok(None) };
-        let mut layers = Vec::with_capacity(self.layers.len());
-        for layer in &self.layers {
-            let both = (OnSides::matrix(stream, &layer.qkv_up)?, OnSides::matrix(stream, &layer.down_dense)?);
-            let (Some(qkv_up), Some(down_dense)) = both else { return Ok(None) };
-            layers.push((qkv_up, down_dense));
-        }
-        Ok(Some(WeightsOnSides { layers, head }))
-    }
-
     /// The table of the head.
     pub(crate) fn head(&self) -> &Table {
         self.head.as_ref().unwrap_or(&self.embedding)
@@ -144,38 +107,6 @@ impl Weights {
         let sources =
             |l: &Layer| l.qkv_source.is_some() || l.up_source.is_some() || l.down_dense_source.is_some();
         self.layers.iter().any(sources)
-    }
-
-    /// Bytes of device memory that a pass reads: of an embedding that is not the head hardly anything.
-    pub(crate) fn read_bytes(&self) -> u64 {
-        self.plain_bytes() - if self.head.is_some() { self.embedding.units.bytes() } else { 0 }
-    }
-
-    /// Bytes of device memory.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.plain_bytes() + self.on_sides.as_ref().map_or(0, WeightsOnSides::bytes)
-    }
-
-    /// Those of them that are no copy.
-    fn plain_bytes(&self) -> u64 {
-        let norm = |n: &Norm| n.weight.bytes() + n.bias.bytes();
-        let optional = |b: &Option<DevBuf<f32>>| b.as_ref().map_or(0, DevBuf::bytes);
-        let source = |b: &Option<DevBuf<u32>>| b.as_ref().map_or(0, DevBuf::bytes);
-        let layer = |l: &Layer| {
-            norm(&l.norm)
-                + l.qkv_up.bytes()
-                + l.down_dense.bytes()
-                + optional(&l.qkv_up_bias)
-                + optional(&l.down_dense_bias)
-                + source(&l.qkv_source)
-                + source(&l.up_source)
-                + source(&l.down_dense_source)
-        };
-        self.embedding.units.bytes()
-            + self.head.as_ref().map_or(0, |h| h.units.bytes())
-            + self.layers.iter().map(layer).sum::<u64>()
-            + norm(&self.final_norm)
-            + self.rope_table.bytes()
     }
 }
 

@@ -1,0 +1,50 @@
+//! What a decode step on Hopper reads, once more: every matrix by the sides of L2 (`cuda/sides.cuh`).
+
+use super::Weights;
+use crate::error::{Error, Result};
+use crate::gpu::ops::OnSides;
+use crate::gpu::{Gpu, Stream};
+
+/// All matrices by the sides of L2, for `decode_step`.
+pub(crate) struct WeightsOnSides {
+    /// `qkv_up` and `down_dense` of each layer.
+    pub(crate) layers: Vec<(OnSides, OnSides)>,
+    pub(crate) head: OnSides,
+}
+
+impl WeightsOnSides {
+    /// Bytes of device memory.
+    pub(super) fn bytes(&self) -> u64 {
+        self.head.bytes() + self.layers.iter().map(|(a, b)| a.bytes() + b.bytes()).sum::<u64>()
+    }
+}
+
+impl Weights {
+    /// Makes the copy that `decode_step` reads faster, where L2 has sides and half of the memory that is free is enough for it: the other
+    /// kernels want plain units (`cuda/sides.cuh` says why), and there is no GPU with sides that has little memory.
+    ///
+    /// # Errors
+    /// A driver failure. That there is no memory for it is none.
+    pub(crate) fn lay_on_sides(&mut self, gpu: &Gpu, stream: &Stream) -> Result<()> {
+        let (free, _) = gpu.memory()?;
+        if self.read_bytes() <= free / 2 {
+            self.on_sides = match self.copy_on_sides(stream) {
+                Err(Error::OutOfGpuMemory { .. }) => None, // somebody else was faster
+                copied => copied?,
+            };
+            stream.drop_spare_pages();
+        }
+        stream.synchronize()
+    }
+
+    fn copy_on_sides(&self, stream: &Stream) -> Result<Option<WeightsOnSides>> {
+        let Some(head) = OnSides::table(stream, self.head())? else { return Ok(None) };
+        let mut layers = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let both = (OnSides::matrix(stream, &layer.qkv_up)?, OnSides::matrix(stream, &layer.down_dense)?);
+            let (Some(qkv_up), Some(down_dense)) = both else { return Ok(None) };
+            layers.push((qkv_up, down_dense));
+        }
+        Ok(Some(WeightsOnSides { layers, head }))
+    }
+}
