@@ -1,11 +1,16 @@
-//! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench steps DIR [CONTEXT]`.
+//! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench steps DIR [CONTEXT [sustained]]`.
 //!
 //! Each text has a random prompt of CONTEXT tokens (128 unless given); then greedy steps, sampling included, as a caller sees them: from the
 //! return of one `next_step` to that of the next. Median of the steps, with the 10th and 90th percentile. Bytes are those of the
 //! weights, each read once a step; prompts are not timed.
+//!
+//! A GPU that has worked for half a second may have reached its power limit, and from then on its clock depends on what it did before: the
+//! same step takes up to 10 % longer. So each number of texts begins with a GPU that has rested, as the first one does. `sustained` asks
+//! for what comes after that instead: the answers are given again and again for some seconds, and the last ones are timed.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use std::time::Instant;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
 use peregrine::sampler::Sampling;
@@ -13,6 +18,10 @@ use peregrine::sampler::Sampling;
 const STEPS: usize = 120;
 /// Steps not timed: the first are queued ahead.
 const WARM_UP: usize = 10;
+/// Before each number of texts.
+const REST: Duration = Duration::from_secs(2);
+/// What `sustained` waits for.
+const SUSTAINED: Duration = Duration::from_secs(4);
 const SLOTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
 fn main() {
@@ -22,6 +31,7 @@ fn main() {
         return;
     };
     let context: usize = words.next().map_or(128, |c| c.parse().unwrap());
+    let sustained = words.next().is_some_and(|word| word == "sustained");
     let options = LoadOptions { device: Device::Cuda(0), ..LoadOptions::default() };
     let engine = match Engine::load(&model, &options) {
         Ok(engine) => engine,
@@ -29,7 +39,8 @@ fn main() {
     };
     let weights = engine.memory().step_weight_bytes as f64;
     let vocab = engine.config().vocab_size as u64;
-    println!("{}, context {context}, {:.2} GB of weights", engine.device_name(), weights / 1e9);
+    let from = if sustained { "sustained" } else { "from rest" };
+    println!("{}, context {context}, {:.2} GB of weights, {from}", engine.device_name(), weights / 1e9);
     println!(
         "{:>5} {:>9} {:>19} {:>10} {:>7} {:>9}",
         "texts", "ms/step", "10 % .. 90 %", "tokens/s", "TB/s", "x 1 text"
@@ -42,13 +53,18 @@ fn main() {
             (0..slots).map(|s| (0..context).map(|i| id((s * context + i) as u64) as u32).collect()).collect();
         let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
         let sampling = Sampling::greedy().max_new_tokens(STEPS).ignore_eos(true);
-        batch.begin(&prompts, &sampling).unwrap();
+        sleep(REST);
+        let began = Instant::now();
         let mut ms: Vec<f64> = Vec::new();
-        let mut last = Instant::now();
-        for _ in 0..STEPS {
-            assert!(batch.next_step().unwrap().iter().all(Option::is_some));
-            ms.push(last.elapsed().as_secs_f64() * 1e3);
-            last = Instant::now();
+        while ms.is_empty() || sustained && began.elapsed() < SUSTAINED {
+            batch.begin(&prompts, &sampling).unwrap();
+            ms.clear();
+            let mut last = Instant::now();
+            for _ in 0..STEPS {
+                assert!(batch.next_step().unwrap().iter().all(Option::is_some));
+                ms.push(last.elapsed().as_secs_f64() * 1e3);
+                last = Instant::now();
+            }
         }
         ms.drain(..WARM_UP);
         ms.sort_by(f64::total_cmp);

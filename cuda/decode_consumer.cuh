@@ -1,23 +1,26 @@
 // decode_consumer — multiplies strips from the ring by inputs kept in registers; norms of the residual stream.
 //
 // A strip is 6 units a warp, see decode_strip.cuh. Tokens are columns of the product: sums of a token do not depend on the others.
-// Up to 4 tokens take one tile of columns, 5 to 8 two.
+// Inputs of up to 4 tokens are bytes, of 5 to 8 f16; either way a tile of 8 columns.
 #pragma once
 #include "decode_plan.cuh"
-#include "decode_strip.cuh"
+#include "decode_bytes.cuh"
+#include "decode_halves.cuh"
 #include "table.cuh"
 
 namespace {
 
 using Words = uint32_t[WARP_UNITS][2 * STEPS];
 
-// What a lane has of token m's inputs, `stride` f16 a token, for the head. Input 16 s + 8 h + 2 q + e of a unit is at 32 (s / 2) + 8 q +
-// 4 (s % 2) + 2 h + e, so that the 16 bytes of lanes q = 0 .. 3 are whole sectors. `first` and `units`: those of the warp. In place of a
-// token or a unit that is not there another one's, since all must be read: registers that are written under a condition are taken for
-// occupied all the time.
-__device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* activations, uint32_t stride, uint32_t m, uint32_t tokens,
+// What a lane has of token m's inputs, of `size` a token, for the head. Input 16 s + 8 h + 2 q + e of a unit is at 32 (s / 2) + 8 q +
+// 4 (s % 2) + 2 h + e, so that the 16 bytes of lanes q = 0 .. 3 are whole sectors: half a unit. `first` and `units`: those of the warp. In
+// place of a token or a unit that is not there another one's, since all must be read: registers that are written under a condition are
+// taken for occupied all the time.
+template <bool MANY>
+__device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* activations, uint32_t size, uint32_t m, uint32_t tokens,
                                       uint32_t first, uint32_t units, uint32_t layer) {
-    const uint16_t* from = activations + min(m, tokens - 1) * stride + first * UNIT_INPUTS + threadIdx.x % 4 * 8;
+    constexpr uint32_t HALF = HALF_STEP<MANY>, UNIT = 2 * HALF;
+    const uint16_t* from = activations + min(m, tokens - 1) * token_step<MANY>(size) + first * UNIT + threadIdx.x % 4 * 8;
     const auto load = [&] {
         bool complete = true;
 #pragma unroll
@@ -25,21 +28,22 @@ __device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* a
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 *reinterpret_cast<uint4*>(w[i] + 4 * half) =
-                    load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT_INPUTS) + half * 4);
+                    load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT + half * HALF));
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
             for (int j = 0; j < 2 * STEPS; j++) complete &= w[i][j] != NOT_READY;
         return complete;
     };
-    const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT_INPUTS)) != NOT_READY; };
+    const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT)) != NOT_READY; };
     poll(p, Awaited::WIDE, layer, glance, load);
 }
 
-template <bool ZEROS, bool PACKED, int TILES>
+// MANY: there are more than ByteInputs take.
+template <bool ZEROS, bool PACKED, bool MANY>
 struct Consumer {
     using S = Shared<ZEROS>;
-    using Inputs = FixedInputs<WARP_UNITS, TILES>;
+    using Inputs = std::conditional_t<MANY, HalfInputs<WARP_UNITS>, ByteInputs<WARP_UNITS>>;
     const Args& p;
     S& shared;
     // Kept in registers: the compiler would read and compute them anew for each strip, 50 cycles each.
@@ -58,8 +62,8 @@ struct Consumer {
     __device__ __forceinline__ uint32_t address(const T& at) const {
         return anew(base) + (uint32_t)(reinterpret_cast<const uint8_t*>(&at) - reinterpret_cast<const uint8_t*>(&shared));
     }
-    // With two tiles what follows from these is computed anew each time: registers are short.
-    static __device__ __forceinline__ uint32_t anew(uint32_t v) { return TILES == 1 ? v : opaque(v); }
+    // With many tokens what follows from these is computed anew each time: registers are short.
+    static __device__ __forceinline__ uint32_t anew(uint32_t v) { return MANY ? opaque(v) : v; }
     __device__ __forceinline__ uint32_t warp() const { return anew(thread) / 32; }
     __device__ __forceinline__ uint32_t lane() const { return anew(thread) % 32; }
     // Of each strip this warp has `units()` units from first() on.
@@ -92,14 +96,14 @@ struct Consumer {
         const uint32_t stage = stage_of(p, turn, warp / GROUP_WARPS), unit = warp % GROUP_WARPS * (WARP_UNITS * S::BYTES);
         const bool free = barrier_test(sums_empty(), slot_phase ^ 1);  // asked early: the answer takes a while
         barrier_wait(address(shared.full[0]) + stage * 8, phase);
-        float sum[TILES][2];
+        float sum[Inputs::TOKENS][2];
         multiply_strip<ZEROS>(sum, address(shared.ring[0][0]) + stage * S::STAGE_BYTES + unit, x, lane);
         if (!free) barrier_wait(sums_empty(), slot_phase ^ 1);
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-            const uint32_t token = t * COLUMN_TOKENS + lane % 4;
-            // With two tiles `tokens` is a spilled register; nobody reads the sums of tokens that are not there.
-            if (TILES > 1 || token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
+        for (int t = 0; t < Inputs::TOKENS; t++) {
+            const uint32_t token = lane % 4 * Inputs::TOKENS + t;
+            // With many `tokens` is a spilled register; nobody reads the sums of tokens that are not there.
+            if (MANY || token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8);
@@ -189,10 +193,10 @@ struct Consumer {
         if (m >= tokens) return;
         uint32_t pairs[WARP_UNITS];
         norm_token(pairs, residual + m * p.hidden, weight, bias, layer);
-        uint16_t* normed = normed_of(p, layer) + m * p.hidden + first() * UNIT_INPUTS + place() * 2;
+        uint16_t* normed = normed_of(p, layer) + value_at<MANY>(m, first() * UNIT_INPUTS + place() * 2, p.hidden);
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
-            if (i < units()) store_relaxed(normed + i * UNIT_INPUTS, pairs[i]);
+            if (i < units()) store_relaxed(normed + i * 2 * HALF_STEP<MANY>, pairs[i]);
     }
     __device__ __forceinline__ uint32_t own_inputs() const { return address(shared.inputs[0][0]) + warp() * sizeof(shared.inputs[0]); }
     // The f16 words of the one token's norm, for the head.
@@ -207,49 +211,39 @@ struct Consumer {
             for (int half = 0; half < 2; half++)
                 *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 64);
     }
-    // x = this warp's inputs, `stride` f16 a token. All are asked for together: each trip through L2 is a microsecond.
-    __device__ __forceinline__ void take(const uint16_t* activations, uint32_t stride, uint32_t layer) {
+    // x = this warp's inputs, of `size` a token. All are asked for together: each trip through L2 is a microsecond. A lane has of each unit
+    // the 16 bytes that Inputs::set describes, of one half or of both.
+    __device__ __forceinline__ void take(const uint16_t* activations, uint32_t size, uint32_t layer) {
+        constexpr uint32_t HALF = HALF_STEP<MANY>, UNIT = 2 * HALF;
+        constexpr int HALVES = MANY ? 2 : 1, LANES = 8 / HALVES;
         const uint32_t units = this->units();
-        const uint16_t* from[TILES];  // in place of a token that is not there another one's
-#pragma unroll
-        for (int t = 0; t < TILES; t++)
-            from[t] = activations + min(t * COLUMN_TOKENS + lane() / 8, tokens - 1) * stride + first() * UNIT_INPUTS + lane() % 8 * 8;
-        uint4 w[TILES][WARP_UNITS];
-        uint32_t top[TILES];
+        // In place of a token that is not there another one's.
+        const uint16_t* from = activations + min(lane() / LANES, tokens - 1) * token_step<MANY>(size) + first() * UNIT + lane() % LANES * 8;
+        uint4 w[WARP_UNITS][HALVES];
+        uint32_t top;
         // What is not there yet is not a number, which the largest then is not either. If that is so for another reason, each word tells.
         const auto load = [&] {
             bool complete = true;
 #pragma unroll
-            for (int t = 0; t < TILES; t++)
+            for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int i = 0; i < WARP_UNITS; i++)
-                    w[t][i] = load_relaxed(reinterpret_cast<const uint4*>(from[t] + min(i, units - 1) * UNIT_INPUTS));
-            bool numbers = true;
+                for (int h = 0; h < HALVES; h++)
+                    w[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT + h * HALF));
+            top = 0;
 #pragma unroll
-            for (int t = 0; t < TILES; t++) {
-                top[t] = 0;
+            for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int i = 0; i < WARP_UNITS; i++) top[t] = Inputs::most(top[t], w[t][i]);
-                numbers &= Inputs::are_numbers(top[t]);
-            }
-            if (numbers) return true;
+                for (int h = 0; h < HALVES; h++) top = most(top, w[i][h]);
+            if (are_numbers(top)) return true;
 #pragma unroll
-            for (int t = 0; t < TILES; t++)
+            for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int i = 0; i < WARP_UNITS; i++) complete &= ready(w[t][i]);
+                for (int h = 0; h < HALVES; h++) complete &= ready(w[i][h]);
             return complete;
         };
-        const auto glance = [&] {
-            bool complete = true;
-#pragma unroll
-            for (int t = 0; t < TILES; t++)
-                complete &= load_relaxed(reinterpret_cast<const uint32_t*>(from[t] + (units - 1) * UNIT_INPUTS)) != NOT_READY;
-            return complete;
-        };
+        const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT)) != NOT_READY; };
         poll(p, Awaited::WIDE, layer, glance, load);
-#pragma unroll
-        for (int t = 0; t < TILES; t++) x.set(t, w[t], top[t], lane());
-        x.add_up(lane());
+        x.set(w, top, lane());
     }
     // x = this warp's inputs of the one token.
     __device__ __forceinline__ void take_one(const uint16_t* activations, uint32_t layer) {
@@ -352,9 +346,13 @@ struct Consumer {
 #pragma unroll 1
             for (const uint32_t* run = shared.runs; *run; run++) {
                 const uint32_t slice = run_slice(*run);
-                if (SINGLE && slice == QKV_UP) x.set_pairs(pairs, own_inputs(), lane());
-                else if (SINGLE) take_one(wide + slice * p.hidden, l);
-                else take(slice == QKV_UP ? normed_of(p, l) : wide + slice * p.hidden, slice == QKV_UP ? p.hidden : p.wide_size, l);
+                if constexpr (SINGLE) {
+                    if (slice == QKV_UP) x.set_pairs(pairs, own_inputs(), lane());
+                    else take_one(wide + slice * p.hidden, l);
+                } else {
+                    take(slice == QKV_UP ? normed_of(p, l) : wide + value_at<MANY>(0, slice * p.hidden, 0),
+                         slice == QKV_UP ? p.hidden : p.wide_size, l);
+                }
 #pragma unroll 1
                 for (uint32_t count = run_count(*run); count; count--) strip();
             }
@@ -362,7 +360,7 @@ struct Consumer {
         if (warp() >= p.owners) return;
         Words b;  // lane l holds token l / 4
         if (SINGLE) exchange(b, pairs);
-        else fetch(b, p, normed_of(p, p.layers), p.hidden, lane() / 4, tokens, first(), units(), p.layers);
+        else fetch<MANY>(b, p, normed_of(p, p.layers), p.hidden, lane() / 4, tokens, first(), units(), p.layers);
         head(b);
     }
 };

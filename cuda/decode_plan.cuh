@@ -12,8 +12,8 @@
 #include "attn_decode.cuh"
 #include "bulk.cuh"
 #include "decode_words.cuh"
+#include "fixed.cuh"
 #include "sides.cuh"
-#include "units.cuh"
 
 namespace {
 
@@ -114,6 +114,19 @@ __device__ __forceinline__ uint32_t norm_owner_of(uint32_t block) {
 // Where it is published: layers take turns, the last norm has a place of its own.
 __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
     return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
+}
+
+// How activations lie in `wide` and `normed`. Up to COLUMN_TOKENS tokens, whose inputs are bytes: one token's behind another's. More of them
+// (MANY): half a unit of each of TOKENS tokens side by side, so that what a warp asks for in one instruction is four whole lines.
+constexpr uint32_t HALF_UNIT = UNIT_INPUTS / 2;
+template <bool MANY>
+constexpr uint32_t HALF_STEP = MANY ? HALF_UNIT * TOKENS : HALF_UNIT;  // from half a unit to the next
+template <bool MANY>
+__device__ __forceinline__ uint32_t token_step(uint32_t size) { return MANY ? HALF_UNIT : size; }
+// Value e of token m, of `size` values a token.
+template <bool MANY>
+__device__ __forceinline__ uint32_t value_at(uint32_t m, uint32_t e, uint32_t size) {
+    return m * token_step<MANY>(size) + e / HALF_UNIT * HALF_STEP<MANY> + e % HALF_UNIT;
 }
 
 // The block's runs of strips as a list in shared memory, where loops over it need no registers: slice | tile / 2 << 8 | count << 20. The

@@ -4,7 +4,7 @@
 // asked for before the predecessor in the stream has finished: weights are nobody's output.
 //
 // In flight   two stages a group, 78 KB an SM, from the near side of L2 (sides.cuh): memory is never without a request. One stage while the
-//             last strips of [qkv ; up] are read, if attention is long, all but the first of them with several tokens, and wherever weights
+//             last strips of [qkv ; up] are read, if attention is long, all but the first of them with 2 to 4 tokens, and wherever weights
 //             lie on either side: everybody who waits for a word pays for what is asked for in front of it. The copies carry an
 //             evict-first hint.
 // Measured    (ms a step, H200, by turns; each line a card of its own)        1 at 128   1 at 1900   4 at 128   8 at 128   8 at 1024
@@ -18,7 +18,9 @@
 //             before what follows                                            0.934       0.964       0.979      1.112
 //             and blocks with fewer strips give way                          0.925       0.944       0.976      1.124
 //             that, one more card                                            0.913       0.933       0.965      1.094
-// Tried       On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900, 1.168
+//             8 tokens' inputs as f16, two in the first 2, 8, 16 strips, all: 1.057, 1.047, 1.030, 1.027; at 1024 1.090, 1.092, 1.084, 1.085.
+// Tried       8 tokens: three in flight 1.099 for 1.038; giving way for 0, 2, 8 strips: the same.
+//             On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900, 1.168
 //             with 8. Of two stages the second only in part: 1.011 to 1.018, where lanes wait for different ones. A stage no sooner than 1700
 //             cycles behind the one before: 1.004, 1900: 1.083. One in flight for the first strips of [down | dense] instead: 1.017 at 1900
 //             where 0.985. Without the hint 0.963, 1.191. Three in flight in the head: the same. Giving way for 2, 3, 5, 6 strips 0.934,
@@ -34,7 +36,7 @@ namespace {
 // PIECES lanes keep the ring of a group full: a lane asks for what of a stage lies in one piece of 4 KB. One lane that filled the rings of
 // all groups, one after the other, took 400 cycles a stage and could not catch up after a wait.
 constexpr uint32_t PIECES = 8;
-// Strips of [qkv ; up] asked for with two stages under way, if attention is long, or there are several tokens.
+// Strips of [qkv ; up] asked for with two stages under way, if attention is long, or there are several tokens whose inputs are bytes.
 constexpr uint32_t EARLY_LONG = 8, EARLY_SEVERAL = 2;
 // First strips of a layer asked for with one stage under way by a block that has fewer strips than the average: those that have more, for
 // which all wait, get more of the memory meanwhile.
@@ -79,8 +81,8 @@ struct Producer {
             wait_previous();
             const uint32_t tokens = load_relaxed(&p.step->tokens);
             if (tokens == 0) return false;
-            if (tokens > 1) early = EARLY_SEVERAL;
-            else if (p.step->token[0].position >= ATTN_LONG) early = EARLY_LONG;
+            if (tokens > 1 && tokens <= COLUMN_TOKENS) early = EARLY_SEVERAL;
+            else if (tokens == 1 && p.step->token[0].position >= ATTN_LONG) early = EARLY_LONG;
         }
         Part part = this->part(matrix, tile, tile_bytes, at, bytes);
         const uint32_t stage = stage_of(p, turn, group());

@@ -50,14 +50,15 @@
 //           weights on either side of L2                     0.992       1.006      1.137        1.254
 //                   on the near one                          0.919       0.943      1.095        1.131
 //                   and blocks that give way, another card   0.913       0.933      1.094                more: decode_producer.cuh
-// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival of the last strip of
-//           the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it. Before the
-//           producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
+//           From here on 50 launches of a GPU that has rested, and in brackets 500 after 250: the power limit. 8 at 128; 8 at 1024
+//           8 tokens' inputs two planes of bytes             1.096 (1.131 to 1.196)      1.137 (1.176 to 1.25)
+//                   f16 (decode_halves.cuh)                  1.055 (1.091 to 1.155)      1.11  (1.146 to 1.21)
+//                   and two copies in flight throughout      1.030                       1.085
+// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival
+//           of the last strip of the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it.
+//           Before the producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
 //           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
-//           8 tokens: the same chain, and power. In cycles a layer is 1.09 of one token's, 55.0 thousand for 50.5, but at 1.59 GHz where
-//           one token has 1.78: all multiprocessors' instructions are twice as many, and the GPU runs against its 700 W. Half the products
-//           1.134 where all took 1.188, no conversion of inputs 1.125.
 // Phases    of a layer, us, a warp of consumers, average of the blocks (it is 28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
 //           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
@@ -116,10 +117,20 @@
 //           their inputs at all 0.983, 1.087. So a join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of
 //           `down`, would give one token 1 % at most. Without waiting for the norm 8 tokens 1.105. Blocks with a run of the slice that is
 //           complete last take attention's first: 0.986, but at 1900 1.145 for 1.011, 8 tokens 1.184.
-// Next      8 tokens' inputs read once by two multiprocessors together. Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
+//           Since 8 tokens' inputs are f16 (against 1.057, and with all in flight 1.035): two planes of bytes in the order in which f16 are
+//           read, whose conversion then has 288 instructions instead of 408: 1.109 for 1.115. f16 for any number of tokens, as they are:
+//           1 at 128 0.948 for 0.923 (sustained 0.959 for 0.922), 4 at 128 1.043 for 0.997, 8 at 128 sustained 1.120 where f16 rounded to
+//           the bits of bytes is 1.155. No glance at inputs: 1.070; at the norm's alone 1.055 (1.035); the norm's owners without one: the
+//           same. A glance at the next run's inputs before the last strip: 1.072. A storer that reads sums by 16 bytes and converts in 32
+//           bits: the same.
+// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
 //           take inputs of a slice costs 8 tokens 1.3 us, of the norm 0.7, since the weights stand in front of it. For 8 texts of more
 //           than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers wait.
-// Spills    64 bytes, 168 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
+// Power     is what 8 tokens wait for. In cycles a step is 1.065 of one token's, but at 1.69 GHz where one token has 1.98. What-ifs, 500
+//           launches: all inputs zero 1.014 (1.98 GHz), where two planes of bytes took 1.130; the low one zero 1.072, of 4 bits 1.112, half
+//           of the products 1.089; no inputs of slices 1.059. Reading inputs is no power to speak of: what many multiprocessors read L2
+//           has on both sides, 14.6 TB/s from either, 0.6 pJ a bit.
+// Spills    72 bytes, 176 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
 //           one register a strip with 2 to 4 tokens, and once a layer or less; none in loops over strips with one token or 8.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
@@ -152,9 +163,11 @@ struct FetchReady {
 // Sixteen dims of a head, which is one unit: words in the order that `fetch` describes.
 struct StoreWide {
     const Args& p;
-    uint32_t layer;
+    uint32_t layer, tokens;
     __device__ __forceinline__ void operator()(uint32_t m, uint32_t head, uint32_t q, const uint32_t words[8]) const {
-        uint16_t* to = p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + head * PEREGRINE_HEAD_DIM + q / 2 * 32 + q % 2 * 4;
+        const uint32_t e = p.ffn + head * PEREGRINE_HEAD_DIM + q / 2 * HALF_UNIT + q % 2 * 4;
+        const uint32_t at = tokens > COLUMN_TOKENS ? value_at<true>(m, e, p.wide_size) : value_at<false>(m, e, p.wide_size);
+        uint16_t* to = p.wide + layer % TURNS * p.wide_turn + at;
 #pragma unroll
         for (int i = 0; i < 4; i++) store_relaxed(to + i * 8, words[i], words[i + 4]);
     }
@@ -199,7 +212,7 @@ __device__ __forceinline__ void attention(const Args& p, Shared<ZEROS>& shared, 
         });
         for_each_item(p, shared, tokens, [&](const AttnItem& item) {
             attn_decode_item(p.attn[l], item, attn_token(p.attn[l], item.token, shared.token[item.token]), FetchReady{p, l},
-                             StoreWide{p, l});
+                             StoreWide{p, l, tokens});
         });
     }
 }
@@ -244,9 +257,9 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         uint64_t *residual = p.x + half * TOKENS * p.hidden, *next = p.x + (half ^ 1) * TOKENS * p.hidden;
         if (tokens == 0) {
         } else if (warp < CONSUMERS) {
-            if (tokens == 1) Consumer<ZEROS, PACKED, 1>(p, shared, tokens).template run<true>(residual, next);
-            else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, PACKED, 1>(p, shared, tokens).template run<false>(residual, next);
-            else Consumer<ZEROS, PACKED, 2>(p, shared, tokens).template run<false>(residual, next);
+            if (tokens == 1) Consumer<ZEROS, PACKED, false>(p, shared, tokens).template run<true>(residual, next);
+            else if (tokens <= COLUMN_TOKENS) Consumer<ZEROS, PACKED, false>(p, shared, tokens).template run<false>(residual, next);
+            else Consumer<ZEROS, PACKED, true>(p, shared, tokens).template run<false>(residual, next);
         } else if (warp == STORER) {
             if (tokens <= Storer<ZEROS, 1>::MOST_TOKENS) Storer<ZEROS, 1>{p, shared, tokens}.run(residual);
             else if (tokens <= Storer<ZEROS, 2>::MOST_TOKENS) Storer<ZEROS, 2>{p, shared, tokens}.run(residual);

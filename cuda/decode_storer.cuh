@@ -19,6 +19,7 @@ struct Storer {
     using S = Shared<ZEROS>;
     static constexpr uint32_t STEP = UNIT_ROWS / ROWS;    // lanes of a token
     static constexpr uint32_t MOST_TOKENS = 32 / STEP;
+    static constexpr bool MANY = MOST_TOKENS > COLUMN_TOKENS;  // then there are more than that
     static_assert(MOST_TOKENS <= TOKENS && STEP % 2 == 0, "neighbouring rows are neighbouring lanes'");
     const Args& p;
     S& shared;
@@ -49,6 +50,9 @@ struct Storer {
         if (++slot == SUM_SLOTS) slot = 0, phase ^= 1;
         send(low, active);
     }
+    __device__ __forceinline__ void store_wide(uint32_t layer, uint32_t m, uint32_t e, uint32_t pair) const {
+        store_relaxed(p.wide + layer % TURNS * p.wide_turn + value_at<MANY>(m, e, p.wide_size), pair);
+    }
     // Two neighbouring rows of a tile of [qkv ; up]: queries, keys and values as they are, the rest in the order of `fetch`.
     __device__ __forceinline__ void store(uint32_t layer, uint32_t tile, uint32_t m, uint32_t row, uint32_t pair) const {
         const uint32_t first = tile * UNIT_ROWS;
@@ -56,8 +60,7 @@ struct Storer {
             store_relaxed(p.qkv + layer % TURNS * p.qkv_turn + m * p.qkv_size + first + row, pair);
         } else {
             const uint32_t r = first - p.qkv_size;
-            store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + r / 32 * 32 + r % 32 / 4 + row % 8 * 4 +
-                              row / 8 * 2, pair);
+            store_wide(layer, m, r / 32 * 32 + r % 32 / 4 + row % 8 * 4 + row / 8 * 2, pair);
         }
     }
     // The outputs of a tile of [qkv ; up] as pairs of neighbouring rows. Of two lanes, which have such rows, each takes half of the pairs.
@@ -88,12 +91,12 @@ struct Storer {
             for (uint32_t i = lane(); i < tokens * UNIT_ROWS / 2; i += 32) {
                 const uint32_t m = i / (UNIT_ROWS / 2), row = i % (UNIT_ROWS / 2) * 2;
                 store(layer, t, m, row, NOT_READY);
-                if (t < p.wide_tiles)
-                    store_relaxed(p.wide + layer % TURNS * p.wide_turn + m * p.wide_size + p.ffn + t * UNIT_ROWS + row, NOT_READY);
+                if (t < p.wide_tiles) store_wide(layer, m, p.ffn + t * UNIT_ROWS + row, NOT_READY);
             }
         clear_normed(layer);
         __threadfence();
     }
+    // All that any number of tokens may have written, however it lies.
     __device__ __forceinline__ void clear_normed(uint32_t layer) const {
         const uint32_t owned = norm_owner_of(shared.block);
         if (owned >= TOKENS) return;

@@ -1,9 +1,23 @@
 // strip — 16 output rows x one K slice, and a warp's part of it: a few units whose inputs it keeps in registers. Used by gptq_gemv. The
-// arithmetic is decode_step's, and decode_strip.cuh draws its operands: inputs in fixed point, as columns of high and of low bytes
-// of a product of bytes; codes by one mask for each of rows g and g + 8. Here a unit may have two scales, inputs come in the order of
-// memory, and zero points are subtracted unit by unit: zero point x sum of the inputs is an integer too.
+// arithmetic is that of decode_step with up to 4 tokens, and decode_bytes.cuh draws its operands: columns of high and of low bytes; codes
+// by one mask for each of rows g and g + 8. Here a unit may have two scales, inputs come in the order of memory, zero points are subtracted
+// unit by unit (zero point x sum of the inputs is an integer too), and beyond 4 tokens there is a second tile of columns.
+//
+// Numbers  v is 254 high + low, both from -127 to 127: rounded to 2^-16 of the largest input, where f16 rounds that one to 2^-12. Where
+//          inputs are below 2^-8 the step is the smallest, 2^-23.
 #pragma once
-#include "decode_strip.cuh"
+#include "fixed.cuh"
+#include "shared_words.cuh"
+
+constexpr int FIXED_BASE = 254;         // 2 * 127: what a high byte leaves, half a step at most, is a low byte
+constexpr float LEAST_SHARE = 32768.f;  // high bytes' steps in 1, at most: as f16
+
+// Of the largest input's bits: high bytes' steps in 1, twice. Not a number if that is none.
+__device__ __forceinline__ __half2 inverse_of(uint32_t largest) {
+    const __half share = __float2half_rn(__fdividef(127.f, __uint_as_float(largest)));
+    return __half2half2(__hmin_nan(share, __float2half_rn(LEAST_SHARE)));
+}
+__device__ __forceinline__ float step_of(__half2 inverse) { return __fdividef(1.f / FIXED_BASE, __low2float(inverse)); }
 
 // Sums of a unit start at these bits, 1.5 * 2^23: with an integer below 2^22 added they are f32 numbers already.
 constexpr uint32_t FLOAT_ZERO = 0x4b400000;
@@ -19,8 +33,7 @@ __device__ __forceinline__ float2 load_shared8(uint32_t address) {
 // l / 8 of it, its high bytes in the even column, its low ones in the odd one.
 template <int UNITS, int TILES, int SCALES>
 struct StripInputs {
-    using Fixed = FixedInputs<UNITS, TILES>;
-    static constexpr int PIECES = Fixed::PIECES;
+    static constexpr int PIECES = (UNITS * 8 + 31) / 32;
     static constexpr int PLANE_BYTES = UNITS * UNIT_INPUTS;
     static constexpr int SUM_BYTES = TILES * UNITS * SCALES * 32;
     uint32_t b[TILES][UNITS][STEPS];
@@ -32,11 +45,11 @@ struct StripInputs {
     __device__ __forceinline__ void set(int t, const uint4 (&chunks)[UNITS], uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++) top = most_of(top, chunks[i]);
-        uint32_t bits = Fixed::bits_of(top);
+        for (int i = 0; i < UNITS; i++) top = most(top, chunks[i]);
+        uint32_t bits = bits_of(top);
 #pragma unroll
         for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
-        const __half2 inverse = Fixed::inverse_of(bits);
+        const __half2 inverse = inverse_of(bits);
         const bool odd = lane % 2, upper = lane / 2 % 2, low = lane / 4 % 2;
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
@@ -48,19 +61,19 @@ struct StripInputs {
 #pragma unroll
             for (int s = 0; s < 2; s++) {
                 uint32_t high, rest;
-                Fixed::both(even[s], next[s], inverse, high, rest);
-                Fixed::keep_plane(b[t][i], s, low ? rest : high, low ? high : rest, low);
+                both<FIXED_BASE>(even[s], next[s], inverse, high, rest);
+                keep_plane(b[t][i], s, low ? rest : high, low ? high : rest, low);
             }
         }
-        step[t] = __shfl_sync(~0u, Fixed::step_of(inverse), lane % 4 * 8);
+        step[t] = __shfl_sync(~0u, step_of(inverse), lane % 4 * 8);
     }
     // One token alone, with the same bits: chunk c = lane + 32 i of eight inputs. Each lane has a part of it, and the bytes reach the lanes
     // of its columns through `planes`, a shared address of 2 PLANE_BYTES of the warp: high bytes, low bytes.
     __device__ __forceinline__ void set_one(const uint4 (&chunks)[PIECES], uint32_t planes, uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) top = most_of(top, chunks[i]);
-        const __half2 inverse = Fixed::inverse_of(__reduce_max_sync(~0u, Fixed::bits_of(top)));
+        for (int i = 0; i < PIECES; i++) top = most(top, chunks[i]);
+        const __half2 inverse = inverse_of(__reduce_max_sync(~0u, bits_of(top)));
         // Two lanes have the halves of a k16 step: the even one makes the words of lanes q = 0 and 1, the odd one those of 2 and 3.
         const bool odd = lane % 2;
 #pragma unroll
@@ -68,8 +81,8 @@ struct StripInputs {
             const uint4& v = chunks[i];
             const uint32_t first = __shfl_xor_sync(~0u, odd ? v.x : v.z, 1), second = __shfl_xor_sync(~0u, odd ? v.y : v.w, 1);
             uint32_t high[2], low[2];
-            Fixed::both(odd ? first : v.x, odd ? v.z : first, inverse, high[0], low[0]);
-            Fixed::both(odd ? second : v.y, odd ? v.w : second, inverse, high[1], low[1]);
+            both<FIXED_BASE>(odd ? first : v.x, odd ? v.z : first, inverse, high[0], low[0]);
+            both<FIXED_BASE>(odd ? second : v.y, odd ? v.w : second, inverse, high[1], low[1]);
             const uint32_t c = lane + 32 * i, to = planes + c / 8 * UNIT_INPUTS + c % 2 * 32 + c / 2 % 4 * 4;
             if (c < UNITS * 8) {
                 store_shared4(to, high[0]), store_shared4(to + 16, high[1]);
@@ -84,10 +97,7 @@ struct StripInputs {
             b[0][i][0] = v.x, b[0][i][1] = v.y, b[0][i][2] = v.z, b[0][i][3] = v.w;
         }
         __syncwarp();
-        step[0] = Fixed::step_of(inverse);
-    }
-    static __device__ __forceinline__ uint32_t most_of(uint32_t top, const uint4& v) {
-        return Fixed::most(top, v);
+        step[0] = step_of(inverse);
     }
     // Where this lane's two columns of accumulators have the sums of a unit, or of half of it.
     __device__ __forceinline__ uint32_t sums_of(int t, int i, int h, uint32_t lane) const {

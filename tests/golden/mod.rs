@@ -16,6 +16,9 @@ use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
 use peregrine::sampler::Sampling;
 use safetensors::SafeTensors;
 
+#[cfg(feature = "cuda")]
+#[allow(unused_imports, reason = "each test binary uses a part")]
+pub use gpu::gpu;
 #[allow(unused_imports, reason = "each test binary uses a part")]
 pub use gpu::unless_no_gpu;
 
@@ -35,6 +38,23 @@ pub fn model_path(set: &str) -> String {
         _ => root().join("tests/fixtures").join(set),
     };
     path.display().to_string()
+}
+
+/// A copy of a checkpoint in which `edit(name, bytes)` has changed tensors.
+pub fn edited(from: &Path, to: &Path, mut edit: impl FnMut(&str, &mut [u8])) {
+    std::fs::create_dir_all(to).expect("folder");
+    for file in ["config.json", "quantize_config.json"] {
+        std::fs::copy(from.join(file), to.join(file)).expect("copy");
+    }
+    let mut bytes = std::fs::read(from.join("model.safetensors")).expect("read");
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes")) as usize;
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&bytes[8..data]).expect("header");
+    for (name, tensor) in header.iter().filter(|(name, _)| *name != "__metadata__") {
+        let offset = |i: usize| data + tensor["data_offsets"][i].as_u64().expect("offset") as usize;
+        edit(name, &mut bytes[offset(0)..offset(1)]);
+    }
+    std::fs::write(to.join("model.safetensors"), bytes).expect("write");
 }
 
 pub fn load(set: &str, device: Device) -> Result<Engine> {

@@ -7,7 +7,8 @@ use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::layout::PIECE_BYTES;
 
-/// `unpack_check`: the number of (code, activation) pairs for which this GPU's tensor cores do not keep subnormals.
+/// `unpack_check`: the number of (code, activation) pairs for which this GPU's tensor cores do not keep subnormals, and of sums that f32
+/// could hold but they do not.
 #[allow(unsafe_code)]
 pub fn unpack_check(stream: &Stream) -> Result<u32> {
     let mut mismatches = DevBuf::<u32>::zeros(stream, "mismatches", 1)?;
