@@ -46,10 +46,13 @@ pub struct MemoryPlan {
     pub kv_per_position: u64,
     /// Keys and values of a full context.
     pub kv_full_context: u64,
+    /// What decode steps on Hopper read once more, by the sides of L2, if half of the memory that is free is enough for it; not in
+    /// [`MemoryPlan::total`].
+    pub hopper_copy: u64,
 }
 
 impl MemoryPlan {
-    /// Everything that stays on the GPU, with a full context.
+    /// Everything that stays on any GPU, with a full context.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.weights() + self.kv_full_context
@@ -138,6 +141,7 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
         vectors: norms + row_factor_bytes(config),
         kv_per_position: layers * 2 * HEAD_DIM as u64 * HALF,
         kv_full_context: layers * 2 * HEAD_DIM as u64 * HALF * config.max_positions as u64,
+        hopper_copy: 0,
     };
     for i in 0..config.num_layers {
         let layer = checkpoint.layer(i);
@@ -147,6 +151,7 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
             plan.vectors += matrix.g_idx.map_or(0, |g_idx| g_idx.len() as u64);
         }
     }
+    plan.hopper_copy = plan.matrices + config.vocab_size as u64 * hidden * HALF;
     plan
 }
 
@@ -230,6 +235,7 @@ impl Report {
                 "kv_per_position": memory.kv_per_position,
                 "kv_full_context": memory.kv_full_context,
                 "total": memory.total(),
+                "hopper_copy": memory.hopper_copy,
                 "gpu_free": self.gpu_free_bytes,
             },
             "bytes_per_token": self.bytes_per_token,
@@ -249,7 +255,12 @@ impl Report {
         ] {
             writeln!(f, "  {what:26} {:>10}", show_bytes(bytes))?;
         }
-        writeln!(f, "  (Hopper: what decode steps read once more, if half of what is free is enough)")?;
+        writeln!(
+            f,
+            "  {:26} {:>10}  if half of what is free is enough",
+            "on Hopper besides",
+            show_bytes(m.hopper_copy)
+        )?;
         if let Some(free) = self.gpu_free_bytes {
             let fits = if free >= m.total() { "it fits, before working buffers" } else { "it does not fit" };
             writeln!(f, "  {:26} {:>10}  {fits}", "free on this GPU", show_bytes(free))?;

@@ -88,6 +88,7 @@ fn inspect_counts_what_is_there() {
     assert_eq!(report.memory.matrices, 8 * 320 * 3328 / 1024 * (512 + 32));
     assert_eq!(report.memory.tables, 4096 * 320 * 2);
     assert_eq!(report.memory.kv_full_context, 8 * 2 * 64 * 2 * 2048);
+    assert_eq!(report.memory.hopper_copy, report.memory.matrices + 4096 * 320 * 2);
     assert_eq!(report.tensors.iter().map(|t| t.count).sum::<usize>(), 180);
     assert_eq!(report.tensors.len(), 4 * 5 + 2 + 4);
     let text = report.to_string();
