@@ -32,7 +32,7 @@
 
 constexpr uint32_t ATTN_ROWS = 16;             // heads of an item
 constexpr uint32_t ATTN_ROUND = 32;            // keys of a round
-constexpr uint32_t ATTN_LONG = 1024;           // positions from here on have longer items
+constexpr uint32_t ATTN_LONG = 512;            // positions from here on have longer items
 constexpr uint32_t ATTN_FLAT = 8;              // chunks that are merged at once
 constexpr uint32_t ATTN_RUNS = 4;              // runs that more chunks are merged in, of at most 31
 constexpr uint32_t ATTN_STATE_QUADS = 9;       // float4 of a lane's state

@@ -19,6 +19,7 @@
 //             and blocks with fewer strips give way                          0.925       0.944       0.976      1.124
 //             that, one more card                                            0.913       0.933       0.965      1.094
 //             8 tokens' inputs as f16, two in the first 2, 8, 16 strips, all: 1.057, 1.047, 1.030, 1.027; at 1024 1.090, 1.092, 1.084, 1.085.
+//             1 token, two in the first 8 and in all: 0.931 and 0.923 at 1100, 0.932 and 0.944 at 1300, 0.931 and 0.986 at 1900.
 // Tried       8 tokens: three in flight 1.099 for 1.038; giving way for 0, 2, 8 strips: the same.
 //             On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900, 1.168
 //             with 8. Of two stages the second only in part: 1.011 to 1.018, where lanes wait for different ones. A stage no sooner than 1700
@@ -38,6 +39,8 @@ namespace {
 constexpr uint32_t PIECES = 8;
 // Strips of [qkv ; up] asked for with two stages under way, if attention is long, or there are several tokens whose inputs are bytes.
 constexpr uint32_t EARLY_LONG = 8, EARLY_SEVERAL = 2;
+// The position from which on one token's attention is long enough for that.
+constexpr uint32_t LATE_ATTENTION = 1200;
 // First strips of a layer asked for with one stage under way by a block that has fewer strips than the average: those that have more, for
 // which all wait, get more of the memory meanwhile.
 constexpr uint32_t GIVE_WAY = 4;
@@ -82,7 +85,7 @@ struct Producer {
             const uint32_t tokens = load_relaxed(&p.step->tokens);
             if (tokens == 0) return false;
             if (tokens > 1 && tokens <= COLUMN_TOKENS) early = EARLY_SEVERAL;
-            else if (tokens == 1 && p.step->token[0].position >= ATTN_LONG) early = EARLY_LONG;
+            else if (tokens == 1 && p.step->token[0].position >= LATE_ATTENTION) early = EARLY_LONG;
         }
         Part part = this->part(matrix, tile, tile_bytes, at, bytes);
         const uint32_t stage = stage_of(p, turn, group());

@@ -54,6 +54,9 @@
 //           8 tokens' inputs two planes of bytes             1.096 (1.131 to 1.196)      1.137 (1.176 to 1.25)
 //                   f16 (decode_halves.cuh)                  1.055 (1.091 to 1.155)      1.11  (1.146 to 1.21)
 //                   and two copies in flight throughout      1.030                       1.085
+//           items of 256 keys from 512 on instead of 1024    1 at 700   1 at 900   4 at 900   8 at 700   8 at 900
+//                                                     before   0.928      0.929      0.997      1.10       1.27
+//                                                     after    0.924      0.928      1.000      1.08       1.11
 // Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival
 //           of the last strip of the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it.
 //           Before the producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.

@@ -23,7 +23,7 @@ const SHAPE: SynthShape =
     SynthShape { hidden_size: 2240, num_layers: 2, ffn_size: 4 * 2240, vocab_size: 4096 };
 /// Largest difference between logits of the persistent kernel and of one kernel an op. Measured on an H200: 0.0051.
 const STEP_TOLERANCE: f32 = 0.007;
-/// The same with norms 8192 as large (measured: 0.0050), and 1/4096, of which the smallest step of the fixed point keeps less (0.0082).
+/// The same with norms 8192 as large (measured: 0.0057), and 1/4096, of which the smallest step of the fixed point keeps less (0.0082).
 const LARGE_TOLERANCE: f32 = 0.007;
 const SMALL_TOLERANCE: f32 = 0.0115;
 const STEPS: u32 = 4;
@@ -53,13 +53,14 @@ fn model(folder: &Path) -> Option<CudaModel> {
 }
 
 fn ids(text: usize) -> Vec<u32> {
-    let length = [129, 1, 64, 65, 17, 300, 128, 30][text];
+    // 510: the steps go over position 512, from which on items of attention are longer.
+    let length = [129, 1, 64, 65, 510, 700, 128, 30][text];
     (0..length).map(|i| (i * 37 + text as u32 * 501) % 4000).collect()
 }
 
 /// Logits of forced steps of `texts` from `first` on, text by text.
 fn logits(model: &Arc<CudaModel>, first: usize, texts: usize) -> Vec<Vec<f32>> {
-    let mut batch = CudaBatch::new(Arc::clone(model), texts, 512).expect("batch");
+    let mut batch = CudaBatch::new(Arc::clone(model), texts, 1024).expect("batch");
     for slot in 0..texts {
         batch.prefill(slot, &ids(first + slot)).expect("prefill");
     }
