@@ -116,8 +116,8 @@ __device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
     return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
 }
 
-// How activations lie in `wide` and `normed`. Up to COLUMN_TOKENS tokens, whose inputs are bytes: one token's behind another's. More of them
-// (MANY): half a unit of each of TOKENS tokens side by side, so that what a warp asks for in one instruction is four whole lines.
+// How activations lie in `wide` and `normed`. Up to COLUMN_TOKENS tokens, whose inputs are bytes: one token's behind another's. More of
+// them (MANY): half a unit of each of TOKENS tokens side by side, so that what a warp asks for in one instruction is four whole lines.
 constexpr uint32_t HALF_UNIT = UNIT_INPUTS / 2;
 template <bool MANY>
 constexpr uint32_t HALF_STEP = MANY ? HALF_UNIT * TOKENS : HALF_UNIT;  // from half a unit to the next

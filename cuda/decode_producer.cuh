@@ -18,15 +18,17 @@
 //             before what follows                                            0.934       0.964       0.979      1.112
 //             and blocks with fewer strips give way                          0.925       0.944       0.976      1.124
 //             that, one more card                                            0.913       0.933       0.965      1.094
-//             8 tokens' inputs as f16, two in the first 2, 8, 16 strips, all: 1.057, 1.047, 1.030, 1.027; at 1024 1.090, 1.092, 1.084, 1.085.
+//             8 tokens' inputs as f16, two in the first 2, 8, 16 strips, in all: 1.057, 1.047, 1.030, 1.027; at 1024 1.090, 1.092,
+//             1.084, 1.085.
 //             1 token, two in the first 8 and in all: 0.931 and 0.923 at 1100, 0.932 and 0.944 at 1300, 0.931 and 0.986 at 1900.
 // Tried       8 tokens: three in flight 1.099 for 1.038; giving way for 0, 2, 8 strips: the same.
-//             On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900, 1.168
-//             with 8. Of two stages the second only in part: 1.011 to 1.018, where lanes wait for different ones. A stage no sooner than 1700
-//             cycles behind the one before: 1.004, 1900: 1.083. One in flight for the first strips of [down | dense] instead: 1.017 at 1900
-//             where 0.985. Without the hint 0.963, 1.191. Three in flight in the head: the same. Giving way for 2, 3, 5, 6 strips 0.934,
-//             0.929, 0.931, 0.946 where it is 0.925; for 4 or 8 of [down | dense] 0.954, 0.989; also in attention's slice 0.930 (0.913); all
-//             blocks for the first strip or two 0.929, 0.933 (0.913). Shares of 21 and 22 strips instead of 20 to 22: the same.
+//             On either side by pieces: 1.060, 1.203 (1, 8 at 128), two stages 1.006, 1.220. Near, three stages: 0.973, 1.117 at 1900,
+//             1.168 with 8. Of two stages the second only in part: 1.011 to 1.018, where lanes wait for different ones. A stage no sooner
+//             than 1700 cycles behind the one before: 1.004, 1900: 1.083. One in flight for the first strips of [down | dense] instead:
+//             1.017 at 1900 where 0.985. Without the hint 0.963, 1.191. Three in flight in the head: the same. Giving way for 2, 3, 5, 6
+//             strips 0.934, 0.929, 0.931, 0.946 where it is 0.925; for 4 or 8 of [down | dense] 0.954, 0.989; also in attention's slice
+//             0.930 (0.913); all blocks for the first strip or two 0.929, 0.933 (0.913). Shares of 21 and 22 strips instead of 20 to 22:
+//             the same.
 #pragma once
 #include "decode_plan.cuh"
 #include "launch.cuh"

@@ -57,9 +57,10 @@
 //           items of 256 keys from 512 on instead of 1024    1 at 700   1 at 900   4 at 900   8 at 700   8 at 900
 //                                                     before   0.928      0.929      0.997      1.10       1.27
 //                                                     after    0.924      0.928      1.000      1.08       1.11
-// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the arrival
-//           of the last strip of the slowest block to the first strip of the next layer once the ring's 5 strips have arrived beside it.
-//           Before the producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
+// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the
+//           arrival of the last strip of the slowest block to the first strip of the next layer once the ring's 5 strips have arrived
+//           beside it. Before the producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7
+//           to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
 //           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
 // Phases    of a layer, us, a warp of consumers, average of the blocks (it is 28.4 us with 1 token, 33.9 with 8):
@@ -245,7 +246,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
         for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
-    if (threadIdx.x == 32) shared.block = block_number(p), plan_runs(p, shared.block, shared.runs);  // beside the thread that makes the barriers
+    // Beside the thread that makes the barriers.
+    if (threadIdx.x == 32) shared.block = block_number(p), plan_runs(p, shared.block, shared.runs);
     pad(p, shared);
     __syncthreads();
     if (warp == PRODUCER) {
