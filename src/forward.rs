@@ -35,8 +35,6 @@ pub(crate) struct Pass<'a> {
     pub(crate) step: &'a DevBuf<u32>,
     /// What the persistent kernel works in; `None`: one kernel an op.
     pub(crate) decode: Option<&'a mut DecodeScratch>,
-    /// The tensor cores keep subnormals, which `gptq_gemv` rests on where scales are that small.
-    pub(crate) gemv_works: bool,
 }
 
 /// Where the tokens of a pass come from.
@@ -127,11 +125,8 @@ impl Pass<'_> {
     /// A step's sequences have the same bits whatever steps beside them, so up to 8 stay with one kernel; a prompt takes the faster.
     fn kernel(&self, tokens: Tokens) -> MatmulKernel {
         match tokens {
-            Tokens::Step(m) if m <= GEMV_TOKENS && self.gemv_works => MatmulKernel::Gemv,
-            _ => match MatmulKernel::of_prompt(tokens.count()) {
-                MatmulKernel::Gemv if !self.gemv_works => MatmulKernel::Batch,
-                kernel => kernel,
-            },
+            Tokens::Step(m) if m <= GEMV_TOKENS => MatmulKernel::Gemv,
+            _ => MatmulKernel::of_prompt(tokens.count()),
         }
     }
 

@@ -19,7 +19,6 @@ pub struct CudaModel {
     ordinal: usize,
     config: ModelConfig,
     weights: Weights,
-    gemv_works: bool,
     /// Blocks of the persistent kernel, or why decode steps are one kernel an op.
     persistent: std::result::Result<usize, &'static str>,
     load_times: LoadTimes,
@@ -39,7 +38,7 @@ impl CudaModel {
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.shared_stream()?;
         load_times.lap("CUDA context");
-        let gemv_works = ops::unpack_check(&stream)? == 0;
+        let exact = ops::unpack_check(&stream)? == 0;
         load_times.lap("first kernel");
         let mut weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
         let config = checkpoint.config().clone();
@@ -47,13 +46,13 @@ impl CudaModel {
         let persistent = if crate::trace::switches().no_persistent {
             Err("PEREGRINE_NO_PERSISTENT is set")
         } else {
-            persistent::persistent_fits(&Facts::of(&config, &weights, gemv_works, blocks)).map(|()| blocks)
+            persistent::persistent_fits(&Facts::of(&config, &weights, exact, blocks)).map(|()| blocks)
         };
         if persistent.is_ok() {
             weights.lay_on_sides(&gpu, &stream)?;
             load_times.lap("their copy by the sides of L2");
         }
-        Ok(CudaModel { gpu, stream, ordinal, config, weights, gemv_works, persistent, load_times })
+        Ok(CudaModel { gpu, stream, ordinal, config, weights, persistent, load_times })
     }
 
     /// The same model, decoded by one kernel an op. For comparisons; `PEREGRINE_NO_PERSISTENT=1` does it for a process.
@@ -119,10 +118,6 @@ impl CudaModel {
 
     pub(super) fn weights(&self) -> &Weights {
         &self.weights
-    }
-
-    pub(super) fn gemv_works(&self) -> bool {
-        self.gemv_works
     }
 
     pub(super) fn persistent_blocks(&self) -> Option<usize> {

@@ -102,7 +102,6 @@ impl Sequences {
             scratch: &mut self.scratch,
             decode: self.decode.as_mut(),
             step: &self.sampler.step,
-            gemv_works: self.model.gemv_works(),
         }
     }
 
