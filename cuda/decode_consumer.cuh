@@ -3,9 +3,10 @@
 // A strip is 6 units a warp, see decode_strip.cuh. Tokens are columns of the product: sums of a token do not depend on the others.
 // Inputs of up to 4 tokens are bytes, of 5 to 8 f16; either way a tile of 8 columns.
 #pragma once
-#include "decode_plan.cuh"
+#include <type_traits>
 #include "decode_bytes.cuh"
 #include "decode_halves.cuh"
+#include "decode_plan.cuh"
 #include "table.cuh"
 
 namespace {

@@ -1,7 +1,7 @@
 // decode_plan — who does what in decode_step: roles of warps, shared memory, parameters, and which strips are whose.
 //
 //   warps 0..11   consumers   multiply; warp w has units 6 w .. 6 w + 5 of each strip. Four of them, a group, share a stage
-//   warp  12      producer    lane g keeps the ring of group g full
+//   warp  12      producer    8 lanes a group keep its ring full, a piece of memory each
 //   warp  13      storer      adds the consumers' sums of a strip and sends them on
 //   warps 14, 15  attention   one item (token, 16 heads, 128 or 256 keys) at a time, see attn_decode.cuh
 //

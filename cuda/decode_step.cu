@@ -63,7 +63,8 @@
 //           to 2.9.
 //           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
 //           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
-// Phases    of a layer, us, a warp of consumers, average of the blocks (it is 28.4 us with 1 token, 33.9 with 8):
+// Phases    of a layer, us, a warp of consumers, average of the blocks, before weights lay near and 8 tokens' inputs were f16 (a layer was
+//           28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
 //           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
 //           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3

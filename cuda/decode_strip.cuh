@@ -15,7 +15,7 @@
 struct FixedPoint {
     static constexpr int BASE = 128;  // v = BASE * high + low, high up to 127
 
-    // The high digit's steps in 1: the largest power of two that leaves the largest input at 127 or less, from the bits of both.
+    // The high digit's steps in 1: the largest power of two that leaves the largest input at 127 or less.
     static __device__ __forceinline__ float inverse_of(uint32_t largest) {
         constexpr uint32_t ONE = 0x3f800000u, EXPONENT = 0x00800000u, ABOVE_127 = EXPONENT - 1 - 0x7e0000u;
         return __uint_as_float(min(2 * ONE + 6 * EXPONENT - ((largest + ABOVE_127) & 0x7f800000u), ONE + 15 * EXPONENT));

@@ -262,8 +262,8 @@ typedef struct DecodeStepParams {
     const Step* step;
     uint64_t* x;                // [2, 8, hidden]: zero before the first call
     uint16_t* qkv;              // [TURNS, 8, (heads + 2) * 64] f16: all bits set before the first call
-    uint16_t* wide;             // [TURNS, 8, ffn + hidden] f16: all bits set before the first call
-    uint16_t* normed;           // [TURNS + 1, 8, hidden] f16: all bits set before the first call
+    uint16_t* wide;             // [TURNS][8 * (ffn + hidden)] f16 as decode_plan.cuh lays them: all bits set before the first call
+    uint16_t* normed;           // [TURNS + 1][8 * hidden] f16, likewise
     float* attn_partials;       // as in AttnDecodeParams
     uint32_t* attn_arrivals;
     uint32_t* epoch;            // [2]: which half of x is this step's, and blocks that are done; zero before the first call
