@@ -27,7 +27,7 @@ const SLOTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 fn main() {
     let mut words = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
     let Some(model) = words.next() else {
-        eprintln!("SKIPPED steps: name a checkpoint: cargo bench --bench steps DIR [CONTEXT]");
+        eprintln!("SKIPPED steps: name a checkpoint: cargo bench --bench steps DIR [CONTEXT [sustained]]");
         return;
     };
     let context: usize = words.next().map_or(128, |c| c.parse().unwrap());
