@@ -38,10 +38,11 @@ struct FixedPoint {
     }
 };
 
-// z += factors x sums; factors: (row g, row g + 8) of units 2q, 2q + 1.
-__device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2], uint32_t sums) {
-    const uint32_t a[4] = {__byte_perm(factors[0], factors[1], 0x5410), __byte_perm(factors[0], factors[1], 0x7632), 0, 0};
-    mma(z, a, sums, 0);
+// z += factors x (sums + rest); factors: (row g, row g + 8) of units 2q, 2q + 1. One product of 16 k: the eight units, twice.
+__device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2], uint32_t sums, uint32_t rest) {
+    const uint32_t low = __byte_perm(factors[0], factors[1], 0x5410), high = __byte_perm(factors[0], factors[1], 0x7632);
+    const uint32_t a[4] = {low, high, low, high};
+    mma(z, a, sums, rest);
 }
 
 // z = the part of a product that the zero points are: factors of all units times the sums of their inputs, see FixedPoint::split_sums.
@@ -60,10 +61,9 @@ __device__ __forceinline__ void subtrahends(float (&z)[4], uint32_t scales, cons
             const __half2 whole = __hmul2(as_half2(pair[k]), as_half2(zero[k]));
             rest[k] = as_u32(__hfma2(as_half2(pair[k]), as_half2(zero[k]), __hneg2(whole))), pair[k] = as_u32(whole);
         }
-        subtrahend(z, rest, sums[0]);
+        subtrahend(z, rest, sums[0], 0);
     }
-    subtrahend(z, pair, sums[1]);
-    subtrahend(z, pair, sums[0]);
+    subtrahend(z, pair, sums[0], sums[1]);
 }
 
 // sum[t][0], [1]: rows g, g + 8 of the t-th of a lane's tokens, of `units` (a shared address) times x.

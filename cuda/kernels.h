@@ -340,9 +340,11 @@ typedef struct StartParams {
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 
-// unpack_check: counts the (code, activation) pairs for which a subnormal f16 operand of mma.sync is not exact.
+// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, 2 x 16 x 63488, and the sums of a unit's, 8192 x 128, that
+// mma.sync gives exactly.
+#define PEREGRINE_UNPACK_CHECKS 3080192
 typedef struct UnpackCheckParams {
-    uint32_t* mismatches;  // one value, zero before
+    uint32_t* exact;  // one value, zero before
 } UnpackCheckParams;
 int32_t unpack_check(const UnpackCheckParams* p, const Launch* l);
 

@@ -38,7 +38,7 @@ impl CudaModel {
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.shared_stream()?;
         load_times.lap("CUDA context");
-        let exact = ops::unpack_check(&stream)? == 0;
+        let exact = ops::unpack_check(&stream)?;
         load_times.lap("first kernel");
         let mut weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
         let config = checkpoint.config().clone();

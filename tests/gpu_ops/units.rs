@@ -10,7 +10,7 @@ use crate::kit::{FORMATS, Quantised, Random, gpu, repack};
 #[test]
 fn unpack_check_finds_subnormals_and_sums_exact() {
     let Some((_, stream)) = gpu() else { return };
-    assert_eq!(ops::unpack_check(&stream).unwrap(), 0);
+    assert!(ops::unpack_check(&stream).unwrap());
 }
 
 #[test]

@@ -7,13 +7,12 @@ use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::layout::PIECE_BYTES;
 
-/// `unpack_check`: the number of (code, activation) pairs for which this GPU's tensor cores do not keep subnormals, and of sums that f32
-/// could hold but they do not.
+/// `unpack_check`: whether this GPU's tensor cores keep f16 subnormals and exact sums that f32 can hold, in every product and sum tried.
 #[allow(unsafe_code)]
-pub fn unpack_check(stream: &Stream) -> Result<u32> {
-    let mut mismatches = DevBuf::<u32>::zeros(stream, "mismatches", 1)?;
-    call!(unpack_check, stream, ffi::UnpackCheckParams { mismatches: mismatches.ptr_mut(stream) })?;
-    Ok(mismatches.download(stream, 0, 1)?[0])
+pub fn unpack_check(stream: &Stream) -> Result<bool> {
+    let mut exact = DevBuf::<u32>::zeros(stream, "exact products and sums", 1)?;
+    call!(unpack_check, stream, ffi::UnpackCheckParams { exact: exact.ptr_mut(stream) })?;
+    Ok(exact.download(stream, 0, 1)?[0] == ffi::PEREGRINE_UNPACK_CHECKS)
 }
 
 const _: () = assert!(PIECE_BYTES == ffi::PEREGRINE_PIECE_BYTES as usize);
