@@ -128,14 +128,29 @@
 //           the bits of bytes is 1.155. No glance at inputs: 1.070; at the norm's alone 1.055 (1.035); the norm's owners without one: the
 //           same. A glance at the next run's inputs before the last strip: 1.072. A storer that reads sums by 16 bytes and converts in 32
 //           bits: the same.
+//           One token by dp4a, no tensor core but for attention and the head, bits as with more tokens: products begin with inputs times
+//           - zero point, so that sums of units are all there is. 1 at 128 0.896 for 0.915 (sustained the same), but at 700, 900, 1900
+//           0.944, 0.963, 0.969 for 0.915, 0.918, 0.946, where attention wakes tensor cores now and then; and 2, 4, 8 at 128 0.964, 0.970,
+//           1.046 for 0.951, 0.958, 1.028, since what products begin with is read from shared memory in each strip.
+//           The next stage brought into L2 while the ring is full: 8 at 128 1.048 for 1.026, 1 at 128 0.976 for 0.945; two stages 1.069.
+//           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood.
+//           8 tokens, six chains of products side by side 1.05 for 1.035; three, but all codes of a strip loaded first: the same.
+//           One product for both halves of a token's sums of inputs, not two: 1 at 128 0.910 for 0.915, 8 the same. Kept.
 // Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
 //           take inputs of a slice costs 8 tokens 1.3 us, of the norm 0.7, since the weights stand in front of it. For 8 texts of more
 //           than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers wait.
-// Power     is what 8 tokens wait for. In cycles a step is 1.065 of one token's, but at 1.69 GHz where one token has 1.98. What-ifs, 500
-//           launches: all inputs zero 1.014 (1.98 GHz), where two planes of bytes took 1.130; the low one zero 1.072, of 4 bits 1.112, half
-//           of the products 1.089; no inputs of slices 1.059. Reading inputs is no power to speak of: what many multiprocessors read L2
-//           has on both sides, 14.6 TB/s from either, 0.6 pJ a bit.
-// Spills    72 bytes, 176 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
+// Clock     A GPC whose tensor cores work has 1.80 GHz instead of 1.98: within 2 us of the first product until 2 us after the last, however
+//           few there are and whatever their operands; with one in 4 us it is 1.67 to 1.80. NVML goes on saying 1980 MHz. Of a step of one
+//           token, by clock64 and globaltimer, it is 1.85, of 8 tokens 1.80, sustained 1.52 to 1.65 (NVML: 1.77 to 1.83).
+//           Without any product on tensor cores (wrong results) 1 and 8 tokens at 128 take 0.896 and 0.916 for 0.926 and 1.031. Products in
+//           the time of waits, so that the clock stays: the same.
+// Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8; without products of strips and what
+//           scales them 558, 643; then without unpacking, then without reading codes: the same. A multiply-add by mma.sync is 1.9 pJ in
+//           f16 (0.5 of zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of
+//           zeros, 15.2 wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
+//           What-ifs, 8 tokens, 500 launches: all inputs zero 1.014, where two planes of bytes took 1.130; the low one zero 1.072, of 4
+//           bits 1.112, half of the products 1.089; no inputs of slices 1.059.
+// Spills    68 bytes, 172 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
 //           one register a strip with 2 to 4 tokens, and once a layer or less; none in loops over strips with one token or 8.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
