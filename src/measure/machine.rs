@@ -81,7 +81,7 @@ fn time(stream: &Stream, mut launch: impl FnMut() -> Result<()>) -> Result<f64> 
 /// How a GPU was during something; numbers NVML does not give are 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Seen {
-    /// Lowest clock of the multiprocessors, MHz.
+    /// Lowest clock of the multiprocessors, MHz, as NVML has it. Those whose tensor cores work have less: on an H200 1800 of 1980.
     pub least_sm_mhz: u32,
     /// Highest clock of the multiprocessors, MHz.
     pub most_sm_mhz: u32,
