@@ -23,46 +23,14 @@
 //           that of l + 1 has been clear since before anyone could get there. The residual has two halves, for even and odd steps.
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
-// Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16, as all figures until "packed".
-// Measured  (H200, `cargo bench --bench kernels decode_step`, versions in turn in one run; cards differ by 1.5 %, and all run near their
-//           power cap: compare within a line)
-//           tokens at position                            1 at 128   1 at 2047   8 at 128   8 at 1024
-//           before, ms                                       1.066       1.094      1.405       1.86
-//           whole sectors a read of inputs                   1.060       1.096      1.413       1.87
-//           all inputs of 8 tokens in one trip (other card)  1.072       1.095      1.305       1.81
-//           no glance between tries, fewer spills            1.072       1.082      1.317       1.81
-//           producer: nothing between a copy's arrival and the next, on a third card:
-//                                            before          1.060       1.089      1.290
-//                                            after           1.012       1.027      1.283
-//           From here on by a harness that launches it 30 times in a row; texts of their own:
-//                                                        1 at 128   1 at 1900  8 at 128   8 at 1024   4 at 1900   8 at 1900
-//           8 tokens' storer, on a fourth card: before       1.031       1.041      1.305      1.60        1.42        1.96
-//                                            after           1.032       1.046      1.228      1.53        1.44        1.88
-//           sums joined as integers          after           1.026       1.042      1.187
-//           inputs to bytes in f16           after           1.024       1.039      1.178      1.51
-//           keys and values into L2          before          1.023       1.046      1.196      1.526       1.40        1.86
-//                                            after           1.027       1.044      1.208      1.501       1.37        1.83
-//           all, on a card just started                      1.012       1.027      1.155      1.475       1.37        1.83
-//           items of 256 keys from 1024 on   before          1.023       1.043      1.197      1.507       1.36        1.826
-//                                            after           1.024       1.035      1.187      1.282       1.149       1.606
-//           head                             f16             1.022                  1.161 to 1.184
-//                                            packed          0.995                  1.141 to 1.166
-//           weights on either side of L2                     0.992       1.006      1.137        1.254
-//                   on the near one                          0.919       0.943      1.095        1.131
-//                   and blocks that give way, another card   0.913       0.933      1.094                more: decode_producer.cuh
-//           From here on 50 launches of a GPU that has rested, and in brackets 500 after 250: the power limit. 8 at 128; 8 at 1024
-//           8 tokens' inputs two planes of bytes             1.096 (1.131 to 1.196)      1.137 (1.176 to 1.25)
-//                   f16 (decode_halves.cuh)                  1.055 (1.091 to 1.155)      1.11  (1.146 to 1.21)
-//                   and two copies in flight throughout      1.030                       1.085
-//           items of 256 keys from 512 on instead of 1024    1 at 700   1 at 900   4 at 900   8 at 700   8 at 900
-//                                                     before   0.928      0.929      0.997      1.10       1.27
-//                                                     after    0.924      0.928      1.000      1.08       1.11
-// Bound     Before weights lay near: a layer is 27.9 us: 21.6 strips of 1.09 us at the ceiling, and what is left of the chain from the
-//           arrival of the last strip of the slowest block to the first strip of the next layer once the ring's 5 strips have arrived
-//           beside it. Before the producer's change that chain was 9.3 us: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7
-//           to 2.9.
-//           The producer has one copy a group under way, so whatever it does between a copy's arrival and the next copy is bandwidth lost:
-//           of 39 instructions there, a second wait and an announcement among them, 17 are left, which is worth 4.5 % of a step.
+// Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
+// Now       ms, H200, 30 launches in a row, before the last line of the log; other cards differ by 2 %, and busy ones more, see Power
+//           1 token at 128, 900, 1900   0.915   0.918   0.946        2, 4, 8 tokens at 128   0.951   0.958   1.028      8 at 1024   1.080
+// Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
+//           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
+//           was 9.3 us before the producer's change: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
+//           To wait for slices costs one token 0.6 %. 8 tokens take inputs of a slice in 1.3 us, of the norm in 0.7, since weights stand in
+//           front of them: without those of slices (wrong) they are 4 % faster, without waiting for the norm 3.
 // Phases    of a layer, us, a warp of consumers, average of the blocks, before weights lay near and 8 tokens' inputs were f16 (a layer was
 //           28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
@@ -70,86 +38,92 @@
 //           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3
 //           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
 //           Attention, 8 texts at 1024, an item of 128 keys: 4.8 for its rounds, 3.8 to join; a warp had one or two.
-// Tried     (ms a step, 1 token at 128)
-//           codes as f16 on mma.m16n8k16: five operations for 8 weights, 48 registers of inputs a warp      1.113 to 1.135
-//           the same by 8 warps of 9 units and 184 registers, all loads of a strip ahead of its products    1.177
-//           bytes as now, by 8 warps of 9 units                                                             1.108; at 2040 1.130
-//           one lane with two copies in flight                                                              1.102
-//           one copy in flight a lane in the head too                                                       +0.01; three, packed: the same
-//           one loop that asks barriers of all producer lanes in turn and sleeps at none: 1.109 (against 1.085): the warp's polling takes
-//           issue slots of the consumers and attention beside it; with groups of two warps, six lanes                1.168
-//           two copies in flight in parts of a layer that no join follows at once                           1.075 to 1.13 (against 1.065)
-//           weights to come into L2 while the ring is full: 3 strips 1.135, kept ahead all the time 1.27: the joins' words queue behind
-//           runs of [down | dense] cut between groups, so that shares are even to a third of a strip: 1.095 (against 1.072); even in whole
-//           strips, 21 or 22 instead of 20 to 22: 1.087. Most of it is the longer way of the producer: 1.084 with today's shares. Not tried
-//           since that way has become short
-//           inputs asked for without a glance first: 8 tokens 1.36 (against 1.325), 1 token the same
-//           a stage in two copies with a barrier each, two halves under way in turn: 1.030 (against 1.028)
-//           the words of the next strip in registers ahead of its inputs: 1.026 (against 1.028), but at 2047 1.057 (against 1.046)
-//           the producer asks its barrier by test_wait instead of try_wait: the same
-//           8 tokens (against 1.19 to 1.21): norms published as bytes, for which their readers have nothing to do but to read: 1.21; the
-//           same with the steps of all warps in one line, for which all poll: 1.25, and 2 tokens 1.13 for 1.04. A pause of 100 ns after
-//           each glance: the same. No glance at slices: 1.28 for 1.25. Lane and thread kept in registers: the same
-//           rows g + 8 from bytes without a mask, what rows g gave taken off as an integer, 12 instructions a strip less: 1.17 to 1.21
-//           at most 6 items of a token, 192 to 352 keys: 8 texts at 1900 1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21
-//           192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60 for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900
-//           1.68 for 1.61, where the compiler reloads a spilled register in every round
-//           attention with a round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at 1900 1.88
-//           for 1.835; the same with 480 bytes spilled: 1.75, 2.34
-//           before bytes (against 1.113):
-//           three runs of [down | dense] with inputs asked for ahead by cp.async     1.176: more joins than it saved, more registers
-//           unpacking by mul.hi on the FMA pipe instead of shifts                    1.201
-//           4, 5 copies in flight a block, or 2 a lane                               1.157, 1.178, 1.151
-//           copies without evict-first                                               1.236
-//           one thread as producer of all groups                                     1.12
-//           launch without `cooperative`; without overlap of the next kernel         the same
-//           all blocks compute all norms of 8 tokens                                 2.3 instead of 1.5
-//           attention in chunks of 64 keys                                           the same; 8 tokens at 2040: 2.99 instead of 2.42
-// Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
-//           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
-//           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
-//           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
-//           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
-//           With a packed head, 1 at 128, 8 at 128 (0.983, 1.133, by turns): two tiles of 8 tokens' high and low bytes, for which a lane
-//           converts all it needs and gives nothing away, a third fewer instructions for inputs: 1.226 where it was 1.140, since a read
-//           of them is 8 halves of a line instead of 4 lines: L2 counts requests. Blocks of attention's slice alone, so that the others
-//           take no inputs of it: 0.977, 1.192; at 1900 1.15 where 1.00. With fewer strips for the slice that is complete last: 0.976 to
-//           1.005, 1.18 to 1.22. The next run's inputs asked for before the last strip, or without a glance: the same with 1 token. Rows
-//           g + 8 without a mask, 18 instructions a strip of 180 less: 0.985 to 0.989, 1.133 to 1.146. Slices of [down | dense] side by
-//           side in memory instead of a row tile's: 0.978 to 0.985 (against 0.982 to 0.985), the same
-//           What is not there found as not a number, 59 instructions less to take 8 tokens' inputs: 1.138 for 1.142, kept
-//           Without waiting for slices of [down | dense] (wrong, shows what a join costs): 0.988 for 0.994, 1.133 for 1.138; without taking
-//           their inputs at all 0.983, 1.087. So a join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of
-//           `down`, would give one token 1 % at most. Without waiting for the norm 8 tokens 1.105. Blocks with a run of the slice that is
-//           complete last take attention's first: 0.986, but at 1900 1.145 for 1.011, 8 tokens 1.184.
-//           Since 8 tokens' inputs are f16 (against 1.057, and with all in flight 1.035): two planes of bytes in the order in which f16 are
-//           read, whose conversion then has 288 instructions instead of 408: 1.109 for 1.115. f16 for any number of tokens, as they are:
-//           1 at 128 0.948 for 0.923 (sustained 0.959 for 0.922), 4 at 128 1.043 for 0.997, 8 at 128 sustained 1.120 where f16 rounded to
-//           the bits of bytes is 1.155. No glance at inputs: 1.070; at the norm's alone 1.055 (1.035); the norm's owners without one: the
-//           same. A glance at the next run's inputs before the last strip: 1.072. A storer that reads sums by 16 bytes and converts in 32
-//           bits: the same.
-//           One token by dp4a, no tensor core but for attention and the head, bits as with more tokens: products begin with inputs times
-//           - zero point, so that sums of units are all there is. 1 at 128 0.896 for 0.915 (sustained the same), but at 700, 900, 1900
-//           0.944, 0.963, 0.969 for 0.915, 0.918, 0.946, where attention wakes tensor cores now and then; and 2, 4, 8 at 128 0.964, 0.970,
-//           1.046 for 0.951, 0.958, 1.028, since what products begin with is read from shared memory in each strip.
-//           The next stage brought into L2 while the ring is full: 8 at 128 1.048 for 1.026, 1 at 128 0.976 for 0.945; two stages 1.069.
-//           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood.
-//           8 tokens, six chains of products side by side 1.05 for 1.035; three, but all codes of a strip loaded first: the same.
-//           One product for both halves of a token's sums of inputs, not two: 1 at 128 0.910 for 0.915, 8 the same. Kept.
-// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. A try to
-//           take inputs of a slice costs 8 tokens 1.3 us, of the norm 0.7, since the weights stand in front of it. For 8 texts of more
-//           than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers wait.
 // Clock     A GPC whose tensor cores work has 1.80 GHz instead of 1.98: within 2 us of the first product until 2 us after the last, however
 //           few there are and whatever their operands; with one in 4 us it is 1.67 to 1.80. NVML goes on saying 1980 MHz. Of a step of one
 //           token, by clock64 and globaltimer, it is 1.85, of 8 tokens 1.80, sustained 1.52 to 1.65 (NVML: 1.77 to 1.83).
-//           Without any product on tensor cores (wrong results) 1 and 8 tokens at 128 take 0.896 and 0.916 for 0.926 and 1.031. Products in
-//           the time of waits, so that the clock stays: the same.
+//           Without any product on tensor cores (wrong) 1 and 8 tokens at 128 take 0.896 and 0.916 for 0.926 and 1.031.
 // Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8; without products of strips and what
 //           scales them 558, 643; then without unpacking, then without reading codes: the same. A multiply-add by mma.sync is 1.9 pJ in
 //           f16 (0.5 of zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of
 //           zeros, 15.2 wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
 //           What-ifs, 8 tokens, 500 launches: all inputs zero 1.014, where two planes of bytes took 1.130; the low one zero 1.072, of 4
 //           bits 1.112, half of the products 1.089; no inputs of slices 1.059.
+// Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
+//           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
+//           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
+//           always. threadIdx and the address of shared memory are read anew in every strip, 50 cycles each, unless hidden from it.
+//           Registers spilled go to L2 and back: the ring leaves L1 too little room. What loops of a layer need lies in shared memory.
+//
+// Log       of what was done, ms before and after, a card a line  1 at 128        at 1900, 2047 *  8 at 128         8 at 1024
+//           whole sectors a read of inputs                          1.066  1.060    1.094  1.096 *   1.405  1.413    1.86   1.87
+//           all inputs of 8 tokens in one trip                             1.072           1.095 *          1.305           1.81
+//           no glance between tries, fewer spills                          1.072           1.082 *          1.317           1.81
+//           producer: nothing between a copy's arrival and the
+//           next, 17 instructions for 39                            1.060  1.012    1.089  1.027 *   1.290  1.283
+//           the storer for 8 tokens                                 1.031  1.032    1.041  1.046     1.305  1.228    1.60   1.53
+//           sums joined as integers                                        1.026           1.042            1.187
+//           inputs to bytes in f16                                         1.024           1.039            1.178           1.51
+//           keys and values into L2                                 1.023  1.027    1.046  1.044     1.196  1.208    1.526  1.501
+//           items of attention of 256 keys from 1024 on             1.023  1.024    1.043  1.035     1.197  1.187    1.507  1.282
+//               4 and 8 texts at 1900                               1.36   1.149    1.826  1.606
+//           a packed head                                           1.022  0.995                     1.161  1.141
+//           weights on the near side of L2                          0.992  0.919    1.006  0.943     1.137  1.095    1.254  1.131
+//           blocks that give way (decode_producer.cuh)              0.934  0.925    0.964  0.944     1.112  1.124
+//           8 tokens' inputs as f16, not two planes of bytes                                         1.096  1.055    1.137  1.11
+//           two copies in flight throughout, 8 tokens                                                       1.030           1.085
+//           items of 256 keys from 512 on: 8 tokens at 900          1.27 to 1.11; at 700 1.10 to 1.08; 1 token there the same
+//           a product for both halves of sums of inputs, not two    0.915  0.910                     1.034  1.034
+//           and of what was not kept, by parts: ms for ms without it, 1 token at 128 where nothing else is said
+// Stream    4, 5 copies in flight a block, or 2 a lane: 1.157, 1.178, 1.151 for 1.113; later one lane with two 1.102. Without evict-first
+//           1.236 for 1.113. One thread as producer of all groups 1.12 for 1.113. One loop that asks barriers of all producer lanes in turn
+//           and sleeps at none 1.109 for 1.085: its polling takes issue slots of the consumers and attention; groups of two warps, six
+//           lanes 1.168. Two copies in flight in parts of a layer that no join follows at once 1.075 to 1.13 for 1.065 (weights on either
+//           side). A stage in two copies with a barrier each, two halves in turn 1.030 for 1.028. test_wait instead of try_wait: the same.
+//           One copy in flight a lane in the head +0.01; three: the same.
+//           Weights to come into L2 while the ring is full: 3 strips 1.135, ahead all the time 1.27; near, the next stage alone 0.976 for
+//           0.945, 8 tokens 1.048 for 1.026, two stages 1.069: the joins' words queue behind.
+//           Slices of [down | dense] side by side in memory instead of a row tile's 0.978 to 0.985 for 0.982 to 0.985.
+// Shares    Runs of [down | dense] cut between groups, so that shares are even to a third of a strip 1.095 for 1.072; even in whole strips,
+//           21 or 22 instead of 20 to 22, 1.087; most of it was a longer way of the producer, which has become short since.
+//           Blocks of attention's slice alone, so that the others take no inputs of it: 0.977 for 0.983, but 8 tokens 1.192 for 1.133, at
+//           1900 1.15 for 1.00. Fewer strips for the slice that is complete last 0.976 to 1.005, 8 tokens 1.18 to 1.22. Blocks with a run
+//           of that slice take attention's first: 0.986, but at 1900 1.145 for 1.011, 8 tokens 1.184.
+// Joins     Three runs of [down | dense] with inputs asked for ahead by cp.async: 1.176 for 1.113, more joins than it saved. All blocks
+//           compute all norms of 8 tokens: 2.3 for 1.5. Norms of 8 tokens published as bytes, for which their readers have nothing to do
+//           but to read: 1.21 for 1.19 to 1.21; with the steps of all warps in one line, for which all poll, 1.25, and 2 tokens 1.13 for
+//           1.04. Inputs asked for without a glance first: 8 tokens 1.36 for 1.325, later 1.070 for 1.057; at slices alone 1.28 for 1.25;
+//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A pause of 100 ns after each glance: the same. A
+//           glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs
+//           1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for
+//           1.142, kept. A join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of `down`, would give 1 % at
+//           most.
+// Products  Codes as f16 for any number of tokens, no fixed point: at first 1.113 to 1.135; later 0.948 for 0.923 (sustained 0.959 for
+//           0.922), 4 tokens 1.043 for 0.997, 8 sustained 1.120 for 1.155. By 8 warps of 9 units and 184 registers, all loads of a strip
+//           ahead of its products 1.177; bytes by 8 warps of 9 units 1.108. Unpacking by mul.hi on the FMA pipe instead of shifts 1.201 for
+//           1.113.
+//           Rows g + 8 from bytes without a mask, what rows g gave taken off as an integer, 12 to 18 instructions of 180 less: 0.985 to
+//           0.989 for 0.983, 8 tokens 1.17 to 1.21 for 1.19 to 1.21, later 1.133 to 1.146 for 1.133. Lane and thread kept in registers: the
+//           same.
+//           8 tokens, two planes of bytes: tiles of high and low bytes, for which a lane converts all it needs and gives nothing away, a
+//           third fewer instructions for inputs: 1.226 for 1.140, since a read of them is 8 halves of a line instead of 4 lines, and L2
+//           counts requests; in the order in which f16 are read, 288 instructions for 408: 1.109 for 1.115.
+//           8 tokens as f16: six chains of products side by side 1.05 for 1.035; three, all codes of a strip loaded first: the same.
+//           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood. Products in the time
+//           of waits, so that the clock stays: the same.
+//           One token by dp4a, no tensor core but for attention and the head, bits as with more tokens: products begin with inputs times -
+//           zero point, so that sums of units are all there is. 0.896 for 0.915 (sustained the same), but at 700, 900, 1900 0.944, 0.963,
+//           0.969 for 0.915, 0.918, 0.946, where attention wakes tensor cores now and then; and 2, 4, 8 tokens 0.964, 0.970, 1.046 for
+//           0.951, 0.958, 1.028, since what products begin with is read from shared memory in each strip.
+// Attention In chunks of 64 keys: the same; 8 tokens at 2040 2.99 for 2.42. At most 6 items of a token, 192 to 352 keys: 8 texts at 1900
+//           1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21 for 1.149. 192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60
+//           for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900 1.68 for 1.61, where the compiler reloads a spilled
+//           register in every round. A round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at
+//           1900 1.88 for 1.835; with 480 bytes spilled 1.75, 2.34.
+// Others    A storer that reads sums by 16 bytes and converts in 32 bits: the same. Launch without `cooperative`, or without overlap of the
+//           next kernel: the same.
+// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
+//           texts of more than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers
+//           wait.
 // Spills    68 bytes, 172 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
 //           one register a strip with 2 to 4 tokens, and once a layer or less; none in loops over strips with one token or 8.
 #include "decode_consumer.cuh"
