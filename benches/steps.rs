@@ -24,14 +24,27 @@ const REST: Duration = Duration::from_secs(2);
 const SUSTAINED: Duration = Duration::from_secs(4);
 const SLOTS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 
-fn main() {
+/// The checkpoint, the context, and whether what is sustained is asked for.
+fn asked() -> Option<(String, usize, bool)> {
     let mut words = std::env::args().skip(1).filter(|a| !a.starts_with("--"));
-    let Some(model) = words.next() else {
+    let model = words.next()?;
+    let context = words.next().unwrap_or("128".into());
+    let context = context.parse().unwrap_or_else(|_| wrong(&context, "a number of tokens"));
+    let sustained =
+        words.next().is_some_and(|word| word == "sustained" || wrong(&word, "`sustained` or nothing"));
+    Some((model, context, sustained))
+}
+
+fn wrong(got: &str, wanted: &str) -> ! {
+    eprintln!("steps: got '{got}', wanted {wanted}: cargo bench --bench steps DIR [CONTEXT [sustained]]");
+    std::process::exit(2)
+}
+
+fn main() {
+    let Some((model, context, sustained)) = asked() else {
         eprintln!("SKIPPED steps: name a checkpoint: cargo bench --bench steps DIR [CONTEXT [sustained]]");
         return;
     };
-    let context: usize = words.next().map_or(128, |c| c.parse().unwrap());
-    let sustained = words.next().is_some_and(|word| word == "sustained");
     let options = LoadOptions { device: Device::Cuda(0), ..LoadOptions::default() };
     let engine = match Engine::load(&model, &options) {
         Ok(engine) => engine,

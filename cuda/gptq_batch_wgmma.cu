@@ -76,12 +76,12 @@
 //          against its 700 W, and so it does with one: what saves time and no energy saves little. A layer takes 19 mJ with 1 token, 28,
 //          35, 48 with 16, 32, 64.
 //          What it takes: a multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights are small integers), 0.6 of bytes; a bit
-//          read 15.2 (decode_step.cu); an idle card 122 W. With
-//          scales that are powers of two a step of 64 texts takes 2.34 ms sustained for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs
-//          of a layer at 16, 32, 64, in bursts and busy, where it took 37.3, 43.5, 59.5 and 40.5, 48.1, 68.7: codes and two planes of
-//          bytes, sums of a unit scaled in f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5, planes in sums of their own 36.7, 47.2 and 38.5,
-//          48.3. So power would be no limit then, but instructions are; and inputs would have to be written as bytes, with a step for a
-//          unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills) and 41.2, 54.4, 170.
+//          read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a step of 64 texts takes 2.34 ms sustained
+//          for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in bursts and busy, where it took 37.3, 43.5,
+//          59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5,
+//          planes in sums of their own 36.7, 47.2 and 38.5, 48.3. So power would be no limit then, but instructions are; and inputs would
+//          have to be written as bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills)
+//          and 41.2, 54.4, 170.
 // Spills   4 bytes, 72 tokens with two scales a unit and zero points.
 #include "bulk.cuh"
 #include "chain.cuh"

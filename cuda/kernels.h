@@ -340,9 +340,9 @@ typedef struct StartParams {
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 
-// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, 2 x 16 x 63488, and the sums of a unit's, 8192 x 128, that
-// mma.sync gives exactly.
-#define PEREGRINE_UNPACK_CHECKS 3080192
+// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, and the sums of a unit's, that mma.sync gives exactly.
+// All there are: 2 places x 16 codes x finite f16, and 8192 units x 16 rows x 8 columns.
+#define PEREGRINE_UNPACK_CHECKS (2 * 16 * 63488 + 8192 * 16 * 8)
 typedef struct UnpackCheckParams {
     uint32_t* exact;  // one value, zero before
 } UnpackCheckParams;
