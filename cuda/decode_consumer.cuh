@@ -49,7 +49,7 @@ struct Consumer {
     S& shared;
     // Kept in registers: the compiler would read and compute them anew for each strip, 50 cycles each.
     const uint32_t base, thread;
-    uint32_t tokens, turn = 0, phase = 0, slot = 0, slot_phase = 0;
+    uint32_t tokens, turn = 0, phase = 0;
     Inputs x;
 
     __device__ __forceinline__ Consumer(const Args& p, S& shared, uint32_t tokens)
@@ -76,39 +76,27 @@ struct Consumer {
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
     }
 
-    // Where a lane's sums of a token go: rows g and g + 8.
-    __device__ __forceinline__ uint32_t sums_of(uint32_t token, uint32_t thread) const {
-        return address(shared.sums[0][0][0]) + ((slot * CONSUMERS + thread / 32) * TOKENS + token) * (SUM_STRIDE * 4) +
-               thread % 32 / 4 * 4;
+    // Puts what lane `thread` has of sums into a slot for the storer.
+    __device__ __forceinline__ void put(uint32_t slot, uint32_t thread, const float (&sum)[Inputs::TOKENS][2]) const {
+        const uint32_t at = slot * CONSUMERS * 32 + thread;
+        if constexpr (MANY) store_shared16(address(shared.many[0][0]) + at * 16, sum);
+        else store_shared8(address(shared.few.sums[0][0]) + at * 8, __float_as_uint(sum[0][0]), __float_as_uint(sum[0][1]));
     }
-    __device__ __forceinline__ void put(uint32_t to, float low, float high) const {
-        asm volatile("st.shared.f32 [%0], %1;\n\tst.shared.f32 [%0 + 32], %2;" ::"r"(to), "f"(low), "f"(high) : "memory");
-    }
-    __device__ __forceinline__ uint32_t sums_full() const { return address(shared.sums_full[0]) + slot * 8; }
-    __device__ __forceinline__ uint32_t sums_empty() const { return address(shared.sums_empty[0]) + slot * 8; }
-    __device__ __forceinline__ void next_slot() {
-        if (++slot == SUM_SLOTS) slot = 0, slot_phase ^= 1;
-    }
+    __device__ __forceinline__ uint32_t sums_full(uint32_t slot) const { return address(shared.sums_full[0]) + slot * 8; }
+    __device__ __forceinline__ uint32_t sums_empty(uint32_t slot) const { return address(shared.sums_empty[0]) + slot * 8; }
 
     // Multiplies the next strip, hands this warp's share of the sums to the storer, and then the strip's stage back to the producer: not
     // earlier, since an arrival may overtake reads whose values nobody has needed yet.
     __device__ __forceinline__ void strip() {
         const uint32_t thread = anew(this->thread), lane = thread % 32, warp = thread / 32;
         const uint32_t stage = stage_of(p, turn, warp / GROUP_WARPS), unit = warp % GROUP_WARPS * (WARP_UNITS * S::BYTES);
-        const bool free = barrier_test(sums_empty(), slot_phase ^ 1);  // asked early: the answer takes a while
         barrier_wait(address(shared.full[0]) + stage * 8, phase);
+        barrier_wait(sums_empty(turn), phase ^ 1);
         float sum[Inputs::TOKENS][2];
         multiply_strip<ZEROS>(sum, address(shared.ring[0][0]) + stage * S::STAGE_BYTES + unit, x, lane);
-        if (!free) barrier_wait(sums_empty(), slot_phase ^ 1);
-#pragma unroll
-        for (int t = 0; t < Inputs::TOKENS; t++) {
-            const uint32_t token = lane % 4 * Inputs::TOKENS + t;
-            // With many `tokens` is a spilled register; nobody reads the sums of tokens that are not there.
-            if (MANY || token < tokens) put(sums_of(token, thread), sum[t][0], sum[t][1]);
-        }
+        put(turn, thread, sum);
         __syncwarp();
-        if (lane == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8);
-        next_slot();
+        if (lane == 0) barrier_arrive(sums_full(turn)), barrier_arrive(address(shared.empty[0]) + stage * 8);
         if (++turn == S::DEPTH) turn = 0, phase ^= 1;
     }
 
@@ -199,7 +187,9 @@ struct Consumer {
         for (int i = 0; i < WARP_UNITS; i++)
             if (i < units()) store_relaxed(normed + i * 2 * HALF_STEP<MANY>, pairs[i]);
     }
-    __device__ __forceinline__ uint32_t own_inputs() const { return address(shared.inputs[0][0]) + warp() * sizeof(shared.inputs[0]); }
+    __device__ __forceinline__ uint32_t own_inputs() const {
+        return address(shared.few.inputs[0][0]) + warp() * sizeof(shared.few.inputs[0]);
+    }
     // The f16 words of the one token's norm, for the head.
     __device__ __forceinline__ void exchange(Words& w, const uint32_t (&pairs)[WARP_UNITS]) const {
 #pragma unroll
@@ -271,7 +261,7 @@ struct Consumer {
     // could take the phase before the last for the one it waits for.
     __device__ __forceinline__ void head(const Words& b) {
         const uint32_t group = warp() / GROUP_WARPS, warps = readers(p, group), turns = S::DEPTH / warps * warps;
-        uint32_t phases = turn_phases(turn, phase);
+        uint32_t phases = turn_phases(turn, phase), slot = turn, slot_phase = phase;
         turn = warp() % GROUP_WARPS;
 #pragma unroll 1
         for (uint32_t t = shared.block; t < p.head_tiles; t += gridDim.x) {
@@ -299,13 +289,16 @@ struct Consumer {
             }
 #pragma unroll
             for (int j = 0; j < 4; j++) acc[j] *= table_scale(PACKED);
-            barrier_wait(sums_empty(), slot_phase ^ 1);
-            const uint32_t token = lane() % 4 * 2;
-            if (token < tokens) put(sums_of(token, thread), acc[0], acc[2]);
-            if (token + 1 < tokens) put(sums_of(token + 1, thread), acc[1], acc[3]);
+            barrier_wait(sums_empty(slot), slot_phase ^ 1);
+            if constexpr (MANY) {
+                put(slot, thread, {{acc[0], acc[2]}, {acc[1], acc[3]}});
+            } else if (lane() % 4 < COLUMN_TOKENS / 2) {
+                const uint32_t own = thread + lane() % 4;  // of token 2 q: a lane has two tokens here, where its sums of a strip are one's
+                put(slot, own, {{acc[0], acc[2]}}), put(slot, own + 1, {{acc[1], acc[3]}});
+            }
             __syncwarp();
-            if (lane() == 0) barrier_arrive(sums_full()), barrier_arrive(address(shared.empty[0]) + stage * 8, warps);
-            next_slot();
+            if (lane() == 0) barrier_arrive(sums_full(slot)), barrier_arrive(address(shared.empty[0]) + stage * 8, warps);
+            if (++slot == S::DEPTH) slot = 0, slot_phase ^= 1;
             phases ^= 1u << turn;
             turn += warps;
             if (turn >= turns) turn -= turns;

@@ -7,7 +7,7 @@
 //
 //   ring   stage:  |group 0: 24 units|group 1: 24 units|group 2: 23 units|   a strip: 71 units of 544 bytes, 38.6 KB
 //          DEPTH of these: 193 KB asked for ahead of need, which carries the stream over most waits
-//   sums   [SUM_SLOTS strips][warp][token][row] f32: consumers run ahead of the storer by so many strips
+//   sums   [strip of the ring][warp][lane] as a lane of the product has them: of each of its tokens rows g and g + 8, f32
 #pragma once
 #include "attn_decode.cuh"
 #include "bulk.cuh"
@@ -25,8 +25,6 @@ constexpr uint32_t GROUP_UNITS = GROUP_WARPS * WARP_UNITS;
 constexpr uint32_t TOKENS = PEREGRINE_GEMV_TOKENS;
 constexpr uint32_t HEAD_IN_FLIGHT = 2;  // copies of a group under way in the head, where nobody waits for anything else
 constexpr uint32_t MOST_RUNS = 256;   // of strips: [qkv ; up]'s, one a slice at most, and the list's end
-constexpr uint32_t SUM_SLOTS = 3;     // strips whose sums wait for the storer
-constexpr uint32_t SUM_STRIDE = UNIT_ROWS + 4;  // floats from token to token: no bank conflicts
 // Buffers that layers use in turn: one is written and read, one is cleared, and one is clear for sure.
 constexpr uint32_t TURNS = PEREGRINE_STEP_TURNS;
 
@@ -37,14 +35,20 @@ struct Shared {
     static constexpr uint32_t DEPTH = ZEROS ? 4 : 5;  // strips in the ring
     static constexpr uint32_t STAGES = DEPTH * CONSUMERS / GROUP_WARPS;
     uint8_t ring[STAGES][STAGE_BYTES];
-    float sums[SUM_SLOTS][CONSUMERS][TOKENS * SUM_STRIDE];
-    uint32_t inputs[CONSUMERS][WARP_UNITS * 32];
+    struct Few {
+        float2 sums[DEPTH][CONSUMERS][32];
+        uint32_t inputs[CONSUMERS][WARP_UNITS * 32];  // of one token
+    };
+    union {
+        float4 many[DEPTH][CONSUMERS][32];  // sums of more than COLUMN_TOKENS tokens
+        Few few;
+    };
     alignas(16) float2 moments[2][CONSUMERS];
     StepToken token[TOKENS];
     uint32_t runs[MOST_RUNS];
     uint32_t block;  // the number of this block, see block_number
     uint64_t full[STAGES], empty[STAGES];
-    uint64_t sums_full[SUM_SLOTS], sums_empty[SUM_SLOTS];
+    uint64_t sums_full[DEPTH], sums_empty[DEPTH];
 };
 
 // The kernel's parameters, and what follows from them; both lie in constant memory, where they cost no registers.

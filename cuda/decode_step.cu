@@ -25,12 +25,16 @@
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
 // Now       ms, H200, 30 launches in a row, before the last line of the log; other cards differ by 2 %, and busy ones more, see Power
-//           1 token at 128, 900, 1900   0.915   0.918   0.946        2, 4, 8 tokens at 128   0.951   0.958   1.028      8 at 1024   1.080
+//           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.951   0.962   0.984      8 at 1024   1.085
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
 //           was 9.3 us before the producer's change: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
-//           To wait for slices costs one token 0.6 %. 8 tokens take inputs of a slice in 1.3 us, of the norm in 0.7, since weights stand in
-//           front of them: without those of slices (wrong) they are 4 % faster, without waiting for the norm 3.
+//           To wait for slices costs one token 0.6 %.
+//           8 tokens: what their consumers issue, see decode_halves.cuh. Within a run they never wait for weights: a strip took 1440 cycles,
+//           1080 of them products, 360 barriers, addresses and sums, with three warps a scheduler. Where they are hardly faster than
+//           memory, a ring that has filled during a wait is still full at the next one. So instructions saved in a strip save time: 17 of
+//           271 were 5 %. What-ifs (wrong), ms where it took 1.035: no copies 0.937; no waits for inputs 1.00; neither 0.826, then no
+//           unpacking 0.70, then no product 0.60; no unpacking alone 0.985, no conversion of inputs alone the same.
 // Phases    of a layer, us, a warp of consumers, average of the blocks, before weights lay near and 8 tokens' inputs were f16 (a layer was
 //           28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
@@ -41,12 +45,13 @@
 // Clock     A GPC whose tensor cores work has 1.80 GHz instead of 1.98: within 2 us of the first product until 2 us after the last, however
 //           few there are and whatever their operands; with one in 4 us it is 1.67 to 1.80. NVML goes on saying 1980 MHz. Of a step of one
 //           token, by clock64 and globaltimer, it is 1.85, of 8 tokens 1.80, sustained 1.52 to 1.65 (NVML: 1.77 to 1.83).
-//           Without any product on tensor cores (wrong) 1 and 8 tokens at 128 take 0.896 and 0.916 for 0.926 and 1.031.
-// Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8; without products of strips and what
-//           scales them 558, 643; then without unpacking, then without reading codes: the same. A multiply-add by mma.sync is 1.9 pJ in
+//           Without any product on tensor cores (wrong), and without unpacking, which ptxas then leaves out too, 1 and 8 tokens at 128 take
+//           0.896 and 0.916 for 0.926 and 1.031.
+// Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8, before the log's
+//           last line; without products of strips, and what is dead without them, 558, 643. A multiply-add by mma.sync is 1.9 pJ in
 //           f16 (0.5 of zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of
 //           zeros, 15.2 wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
-//           What-ifs, 8 tokens, 500 launches: all inputs zero 1.014, where two planes of bytes took 1.130; the low one zero 1.072, of 4
+//           What-ifs, 8 tokens, 500 launches, two planes of bytes: all inputs zero 1.014 for 1.130; the low one zero 1.072, of 4
 //           bits 1.112, half of the products 1.089; no inputs of slices 1.059.
 // Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
 //           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
@@ -73,6 +78,9 @@
 //           two copies in flight throughout, 8 tokens                                                       1.030           1.085
 //           items of 256 keys from 512 on: 8 tokens at 900          1.27 to 1.11; at 700 1.10 to 1.08; 1 token there the same
 //           a product for both halves of sums of inputs, not two    0.915  0.910                     1.034  1.034
+//           sums in as many slots as the ring has strips, as lanes
+//           have them; 17 instructions a strip less                 0.910  0.911                     1.034  0.984    1.086  1.085
+//               sustained, 600 launches                             0.925  0.925                     1.119  1.073
 //           and of what was not kept, by parts: ms for ms without it, 1 token at 128 where nothing else is said
 // Stream    4, 5 copies in flight a block, or 2 a lane: 1.157, 1.178, 1.151 for 1.113; later one lane with two 1.102. Without evict-first
 //           1.236 for 1.113. One thread as producer of all groups 1.12 for 1.113. One loop that asks barriers of all producer lanes in turn
@@ -83,6 +91,8 @@
 //           Weights to come into L2 while the ring is full: 3 strips 1.135, ahead all the time 1.27; near, the next stage alone 0.976 for
 //           0.945, 8 tokens 1.048 for 1.026, two stages 1.069: the joins' words queue behind.
 //           Slices of [down | dense] side by side in memory instead of a row tile's 0.978 to 0.985 for 0.982 to 0.985.
+//           A stage given back by the storer, so that a full one says that the slot of its sums is free: 0.933 for 0.910, 8 tokens at 1024
+//           1.18 for 1.085, since the storer clears meanwhile. 8 tokens: blocks that do not give way 1.007 for 0.993, at 1024 1.15 for 1.09.
 // Shares    Runs of [down | dense] cut between groups, so that shares are even to a third of a strip 1.095 for 1.072; even in whole strips,
 //           21 or 22 instead of 20 to 22, 1.087; most of it was a longer way of the producer, which has become short since.
 //           Blocks of attention's slice alone, so that the others take no inputs of it: 0.977 for 0.983, but 8 tokens 1.192 for 1.133, at
@@ -95,8 +105,9 @@
 //           at the norm's alone, or for its owners: the same, and with 1 token all of it. A pause of 100 ns after each glance: the same. A
 //           glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs
 //           1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for
-//           1.142, kept. A join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of `down`, would give 1 % at
-//           most.
+//           1.142, kept. Words on both sides of L2, each block reading the near copy, 170 cycles nearer: of the residual 0.919 for 0.914, 8
+//           tokens 1.029 for 1.028; of norms 8 tokens 1.070; of inputs of slices as well 0.924, 1.082. A join of the MLP inside blocks, each
+//           multiplying its own rows of `up` by its columns of `down`, would give 1 % at most.
 // Products  Codes as f16 for any number of tokens, no fixed point: at first 1.113 to 1.135; later 0.948 for 0.923 (sustained 0.959 for
 //           0.922), 4 tokens 1.043 for 0.997, 8 sustained 1.120 for 1.155. By 8 warps of 9 units and 184 registers, all loads of a strip
 //           ahead of its products 1.177; bytes by 8 warps of 9 units 1.108. Unpacking by mul.hi on the FMA pipe instead of shifts 1.201 for
@@ -110,6 +121,10 @@
 //           8 tokens as f16: six chains of products side by side 1.05 for 1.035; three, all codes of a strip loaded first: the same.
 //           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood. Products in the time
 //           of waits, so that the clock stays: the same.
+//           With fewer instructions a strip, 8 tokens where it took 0.984 or, on a slower card, 0.993: addresses of all a warp reads kept in
+//           registers, 8 instructions less 0.990; both barriers in one branch 0.989; the slot asked for behind the product 0.998; upper
+//           bytes by PRMT and rows g + 8 of them by HADD2, 24 of the ALU less 0.997; two chains of products 0.998, four for the sums of
+//           inputs 1.003; all codes of a strip loaded first 0.999.
 //           One token by dp4a, no tensor core but for attention and the head, bits as with more tokens: products begin with inputs times -
 //           zero point, so that sums of units are all there is. 0.896 for 0.915 (sustained the same), but at 700, 900, 1900 0.944, 0.963,
 //           0.969 for 0.915, 0.918, 0.946, where attention wakes tensor cores now and then; and 2, 4, 8 tokens 0.964, 0.970, 1.046 for
@@ -124,8 +139,7 @@
 // Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
 //           texts of more than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers
 //           wait.
-// Spills    68 bytes, 172 with a packed head: in attention, in the head's loop (one register is reloaded with 8 tokens, four with 2 to 4),
-//           one register a strip with 2 to 4 tokens, and once a layer or less; none in loops over strips with one token or 8.
+// Spills    56 bytes, 140 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"
@@ -216,8 +230,9 @@ __device__ __forceinline__ void attention(const Args& p, Shared<ZEROS>& shared, 
 template <bool ZEROS>
 __device__ __forceinline__ void pad(const Args& p, Shared<ZEROS>& shared) {
     constexpr uint32_t BYTES = Shared<ZEROS>::BYTES;
-    for (uint32_t i = threadIdx.x; i < sizeof(shared.sums) / 16; i += THREADS)
-        reinterpret_cast<uint4*>(shared.sums)[i] = make_uint4(0, 0, 0, 0);
+    static_assert(sizeof(shared.few) <= sizeof(shared.many) && sizeof(shared.many) % 16 == 0, "both are zeroed");
+    for (uint32_t i = threadIdx.x; i < sizeof(shared.many) / 16; i += THREADS)
+        reinterpret_cast<uint4*>(shared.many)[i] = make_uint4(0, 0, 0, 0);
     const uint32_t units = p.units - (p.groups - 1) * GROUP_UNITS, missing = (WARP_UNITS - units % WARP_UNITS) % WARP_UNITS;
     for (uint32_t s = p.groups - 1; s < Shared<ZEROS>::DEPTH * p.groups; s += p.groups)
         for (uint32_t i = threadIdx.x; i < missing * BYTES / 16; i += THREADS)
@@ -233,7 +248,7 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH * p.groups; s++)
             barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], readers(p, s));
-        for (uint32_t s = 0; s < SUM_SLOTS; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
+        for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
     // Beside the thread that makes the barriers.

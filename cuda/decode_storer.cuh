@@ -12,43 +12,59 @@
 
 namespace {
 
-// Adds the consumers' sums and sends them where they belong. The warp has all outputs of a strip at once, ROWS of them a lane: rows
-// row(), row() + STEP, ..., so that what lanes send together lies side by side.
-template <bool ZEROS, uint32_t ROWS>
+// Adds the consumers' sums and sends them where they belong. The warp has all outputs of a strip at once, VALUES of them a lane.
+template <bool ZEROS, uint32_t VALUES>
 struct Storer {
     using S = Shared<ZEROS>;
-    static constexpr uint32_t STEP = UNIT_ROWS / ROWS;    // lanes of a token
-    static constexpr uint32_t MOST_TOKENS = 32 / STEP;
+    static constexpr uint32_t MOST_TOKENS = 32 * VALUES / UNIT_ROWS;
     static constexpr bool MANY = MOST_TOKENS > COLUMN_TOKENS;  // then there are more than that
-    static_assert(MOST_TOKENS <= TOKENS && STEP % 2 == 0, "neighbouring rows are neighbouring lanes'");
+    static_assert(MOST_TOKENS <= TOKENS && (!MANY || MOST_TOKENS == TOKENS));
     const Args& p;
     S& shared;
-    uint32_t tokens, slot = 0, phase = 0;
+    uint32_t tokens, turn = 0, phase = 0;
     bool broken = false;  // a sum was not a number or beyond the residual's range
 
     static __device__ __forceinline__ uint32_t lane() { return threadIdx.x % 32; }
-    static __device__ __forceinline__ uint32_t token() { return lane() / STEP; }
-    static __device__ __forceinline__ uint32_t row() { return lane() % STEP; }
+    // What value i is. MANY: as the product's lane has it, rows g, g + 8 of tokens 2 q, 2 q + 1. Else all values are of one token.
+    static __device__ __forceinline__ uint32_t token(uint32_t i) { return MANY ? lane() % 4 * 2 + i / 2 : lane() * VALUES / UNIT_ROWS; }
+    static __device__ __forceinline__ uint32_t row(uint32_t i) {
+        return MANY ? lane() / 4 + i % 2 * 8 : lane() % (UNIT_ROWS / VALUES) + i * (UNIT_ROWS / VALUES);
+    }
+    static constexpr uint32_t NEIGHBOUR = MANY ? 4 : 1;  // to the lane that has the row of the same pair
 
-    // Calls send(sums, active) for the outputs of the next strip, on all lanes together; `active` says whether there is such a token. The
-    // order of a sum is the same whatever the number of tokens. The slot goes back as soon as the sums are added: consumers wait for
-    // it. That the adds stand before the arrival is the compiler's doing, and was looked up in the SASS; see Pitfalls in decode_step.cu.
+    // A warp's sums of a strip.
+    __device__ __forceinline__ void load(float (&v)[VALUES], uint32_t warp) const {
+        const float2* few = shared.few.sums[turn][warp];  // lane 4 g + q: rows g, g + 8 of token q
+        if constexpr (MANY) {
+            const float4 sums = shared.many[turn][warp][lane()];
+            v[0] = sums.x, v[1] = sums.y, v[2] = sums.z, v[3] = sums.w;
+        } else if constexpr (VALUES == 2) {
+            const float2 sums = few[row(0) * 4 + token(0)];
+            v[0] = sums.x, v[1] = sums.y;
+        } else {
+            v[0] = reinterpret_cast<const float*>(few)[(row(0) % 8 * 4 + token(0)) * 2 + row(0) / 8];
+        }
+    }
+    // Calls send(sums) for the outputs of the next strip, on all lanes together; tokens that are not there have any. The order of a sum is
+    // the same whatever the number of tokens. The slot goes back as soon as the sums are added: consumers wait for it. That the adds stand
+    // before the arrival is the compiler's doing, and was looked up in the SASS; see Pitfalls in decode_step.cu.
     template <typename Send>
     __device__ __forceinline__ void take(Send send) {
-        barrier_wait(&shared.sums_full[slot], phase);
-        const bool active = token() < tokens;
-        const float* from = shared.sums[slot][0] + token() * SUM_STRIDE + row();
-        float low[ROWS] = {}, high[ROWS] = {};  // of warps that have no units: zeros; of tokens that are not there: anything
+        barrier_wait(&shared.sums_full[turn], phase);
+        float low[VALUES] = {}, high[VALUES] = {};  // of warps that have no units: zeros
 #pragma unroll
-        for (int w = 0; w < CONSUMERS; w++)
+        for (uint32_t w = 0; w < CONSUMERS; w++) {
+            float v[VALUES];
+            load(v, w);
 #pragma unroll
-            for (int r = 0; r < ROWS; r++) (w < CONSUMERS / 2 ? low : high)[r] += from[w * TOKENS * SUM_STRIDE + r * STEP];
+            for (uint32_t i = 0; i < VALUES; i++) (w < CONSUMERS / 2 ? low : high)[i] += v[i];
+        }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) low[r] += high[r];
+        for (uint32_t i = 0; i < VALUES; i++) low[i] += high[i];
         __syncwarp();
-        if (lane() == 0) barrier_arrive(&shared.sums_empty[slot]);
-        if (++slot == SUM_SLOTS) slot = 0, phase ^= 1;
-        send(low, active);
+        if (lane() == 0) barrier_arrive(&shared.sums_empty[turn]);
+        if (++turn == S::DEPTH) turn = 0, phase ^= 1;
+        send(low);
     }
     __device__ __forceinline__ void store_wide(uint32_t layer, uint32_t m, uint32_t e, uint32_t pair) const {
         store_relaxed(p.wide + layer % TURNS * p.wide_turn + value_at<MANY>(m, e, p.wide_size), pair);
@@ -64,23 +80,24 @@ struct Storer {
         }
     }
     // The outputs of a tile of [qkv ; up] as pairs of neighbouring rows. Of two lanes, which have such rows, each takes half of the pairs.
-    __device__ __forceinline__ void store_pairs(uint32_t layer, uint32_t tile, const float (&sum)[ROWS], bool active) const {
-        const bool odd = row() % 2;
-        if constexpr (ROWS == 1) {
-            const float next = __shfl_down_sync(~0u, sum[0], 1);
-            if (active && !odd) store(layer, tile, token(), row(), as_u32(__floats2half2_rn(sum[0], next)));
+    __device__ __forceinline__ void store_pairs(uint32_t layer, uint32_t tile, const float (&sum)[VALUES]) const {
+        const bool odd = row(0) % 2;
+        if constexpr (VALUES == 1) {
+            const float next = __shfl_down_sync(~0u, sum[0], NEIGHBOUR);
+            if (token(0) < tokens && !odd) store(layer, tile, token(0), row(0), as_u32(__floats2half2_rn(sum[0], next)));
         } else {
-            constexpr uint32_t HALF = ROWS / 2;
+            constexpr uint32_t HALF = VALUES / 2;
             uint32_t pairs[HALF];
 #pragma unroll
-            for (int r = 0; r < HALF; r++) {
-                const float low = sum[r], high = sum[HALF + r];
-                const float own = odd ? high : low, other = __shfl_xor_sync(~0u, odd ? low : high, 1);
-                pairs[r] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
+            for (uint32_t i = 0; i < HALF; i++) {
+                const float own = odd ? sum[HALF + i] : sum[i], other = __shfl_xor_sync(~0u, odd ? sum[i] : sum[HALF + i], NEIGHBOUR);
+                pairs[i] = as_u32(__floats2half2_rn(odd ? other : own, odd ? own : other));
             }
 #pragma unroll
-            for (int r = 0; r < HALF; r++)
-                if (active) store(layer, tile, token(), row() / 2 * 2 + (odd ? HALF + r : r) * STEP, pairs[r]);
+            for (uint32_t i = 0; i < HALF; i++) {
+                const uint32_t own = odd ? HALF + i : i;
+                if (token(own) < tokens) store(layer, tile, token(own), row(own) / 2 * 2, pairs[i]);
+            }
         }
     }
     // Marks what this block has written in `layer`, and its part of attention's output, as not ready. Everybody has read it: their sums
@@ -104,11 +121,11 @@ struct Storer {
     }
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = shared.block; t < p.qkv_tiles; t += gridDim.x)
-            take([&](float (&sum)[ROWS], bool active) {
+            take([&](float (&sum)[VALUES]) {
                 if (t * UNIT_ROWS >= p.qkv_size)
 #pragma unroll
-                    for (int r = 0; r < ROWS; r++) sum[r] = gelu(sum[r]);
-                store_pairs(layer, t, sum, active);
+                    for (uint32_t i = 0; i < VALUES; i++) sum[i] = gelu(sum[i]);
+                store_pairs(layer, t, sum);
             });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].
         if (layer > 0) clear(layer - 1);
@@ -116,13 +133,12 @@ struct Storer {
     }
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
         for_each_down_dense(shared.runs, shared.block, [&](uint32_t tile, uint32_t) {
-            take([&](const float (&sum)[ROWS], bool active) {
-                if (!active) return;
-                uint64_t* to = residual + token() * p.hidden + tile * UNIT_ROWS + row();
+            take([&](const float (&sum)[VALUES]) {
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    broken |= !(fabsf(sum[r]) < X_LIMIT);
-                    add_relaxed(to + r * STEP, contribution(sum[r]));
+                for (uint32_t i = 0; i < VALUES; i++) {
+                    if (token(i) >= tokens) continue;
+                    broken |= !(fabsf(sum[i]) < X_LIMIT);
+                    add_relaxed(residual + token(i) * p.hidden + tile * UNIT_ROWS + row(i), contribution(sum[i]));
                 }
             });
         });
@@ -140,11 +156,11 @@ struct Storer {
             qkv_up(l), down_dense(residual);
         }
         for (uint32_t t = shared.block; t < p.head_tiles; t += gridDim.x) {
-            take([&](const float (&sum)[ROWS], bool active) {
-                if (!active) return;
-                float* to = p.logits + (size_t)token() * p.vocab + t * UNIT_ROWS + row();
+            take([&](const float (&sum)[VALUES]) {
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) to[r * STEP] = broken ? __int_as_float(0x7fffffff) : sum[r];  // the sampler will say so
+                for (uint32_t i = 0; i < VALUES; i++)
+                    if (token(i) < tokens)  // the sampler will say what is broken
+                        p.logits[(size_t)token(i) * p.vocab + t * UNIT_ROWS + row(i)] = broken ? __int_as_float(0x7fffffff) : sum[i];
             });
             if (t == shared.block) clear(p.layers - 1);
         }
