@@ -34,6 +34,7 @@
 namespace {
 
 struct Plain {
+    __device__ __forceinline__ void await(const uint16_t*) const {}
     template <int N>
     __device__ __forceinline__ void operator()(uint4 (&w)[N], const uint16_t* const (&at)[N]) const {
 #pragma unroll

@@ -38,9 +38,7 @@ constexpr uint32_t ATTN_RUNS = 4;              // runs that more chunks are merg
 constexpr uint32_t ATTN_STATE_QUADS = 9;       // float4 of a lane's state
 constexpr uint32_t ATTN_STATE_FLOATS = 32 * 4 * ATTN_STATE_QUADS;
 
-struct AttnItem {
-    uint32_t token, head_tile, chunk;
-};
+struct AttnItem { uint32_t token, head_tile, chunk; };
 
 struct AttnToken {  // what a call's token says to attention, clamped to what there is
     uint32_t position, slot;
@@ -247,7 +245,7 @@ __device__ __forceinline__ void load_queries(uint32_t a[4][4], const AttnDecodeP
     const uint16_t* row_b = queries + min(head + 8, p.heads - 1) * HEAD_DIM;
     const uint16_t* const at[4] = {row_a, row_a + HEAD_DIM / 2, row_b, row_b + HEAD_DIM / 2};
     uint4 half[4];
-    fetch(half, at);
+    fetch.await(row_a), fetch(half, at);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         uint32_t w[8];
@@ -387,7 +385,8 @@ __device__ __forceinline__ void store_heads(const AttnState& state, const AttnDe
 }
 
 // One item by one warp, all of whose lanes call it together; item.chunk < attn_chunks(t.position).
-//   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv, by all lanes together, also those without use for it.
+//   fetch(uint4 (&w)[N], const uint16_t* const (&at)[N]): N reads of 16 bytes of qkv, by all lanes together, of use or not; the first are
+//       queries, and fetch.await(at) comes before them.
 //   store(token, head, q, words[8]): dims 16q .. 16q + 15 of a head's output, eight pairs of f16; by lanes that have the head.
 template <typename Fetch, typename Store>
 __device__ __forceinline__ void attn_decode_item(const AttnDecodeParams& p, const AttnItem& item, const AttnToken& t, const Fetch& fetch,

@@ -24,7 +24,7 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
-// Now       ms, H200, 30 launches in a row, before the last line of the log; other cards differ by 2 %, and busy ones more, see Power
+// Now       ms, H200, 30 launches in a row, before queries were awaited by one word; other cards differ by 2 %, busy ones more, see Power
 //           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.951   0.962   0.984      8 at 1024   1.085
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
@@ -81,6 +81,10 @@
 //           sums in as many slots as the ring has strips, as lanes
 //           have them; 17 instructions a strip less                 0.910  0.911                     1.034  0.984    1.086  1.085
 //               sustained, 600 launches                             0.925  0.925                     1.119  1.073
+//           queries awaited by one word, not by all                 0.939  0.940    0.955  0.954     0.996  0.991    1.104  1.092
+//               8 texts at 1900                                     1.487 to 1.456
+//               sustained, 400 launches                             0.957  0.955    0.952  0.951     1.046  1.039    1.122  1.102
+//               and a pause of 100 ns after each glance: the same, or up to 0.7 % more
 //           and of what was not kept, by parts: ms for ms without it, 1 token at 128 where nothing else is said
 // Stream    4, 5 copies in flight a block, or 2 a lane: 1.157, 1.178, 1.151 for 1.113; later one lane with two 1.102. Without evict-first
 //           1.236 for 1.113. One thread as producer of all groups 1.12 for 1.113. One loop that asks barriers of all producer lanes in turn
@@ -102,7 +106,8 @@
 //           compute all norms of 8 tokens: 2.3 for 1.5. Norms of 8 tokens published as bytes, for which their readers have nothing to do
 //           but to read: 1.21 for 1.19 to 1.21; with the steps of all warps in one line, for which all poll, 1.25, and 2 tokens 1.13 for
 //           1.04. Inputs asked for without a glance first: 8 tokens 1.36 for 1.325, later 1.070 for 1.057; at slices alone 1.28 for 1.25;
-//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A pause of 100 ns after each glance: the same. A
+//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A glance at a word of each row tile, so that inputs of
+//           slices are asked for 1.00 times, not 1.16 to 1.42: 8 tokens 0.978 for 0.977, at 1024 1.064 for 1.071. A pause of 100 ns after each glance: the same. A
 //           glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs
 //           1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for
 //           1.142, kept. Words on both sides of L2, each block reading the near copy, 170 cycles nearer: of the residual 0.919 for 0.914, 8
@@ -155,6 +160,11 @@ namespace {
 struct FetchReady {
     const Args& p;
     uint32_t layer;
+    // The queries are awaited for most of a layer: by one word, since to poll for all of 2 KB would be traffic.
+    __device__ __forceinline__ void await(const uint16_t* at) const {
+        const auto glance = [&] { return threadIdx.x % 32 != 0 || load_relaxed(reinterpret_cast<const uint32_t*>(at)) != NOT_READY; };
+        poll(p, Awaited::QKV, layer, glance, [] { return true; });
+    }
     template <int N>
     __device__ __forceinline__ void operator()(uint4 (&w)[N], const uint16_t* const (&at)[N]) const {
         poll(p, Awaited::QKV, layer, [] { return true; }, [&] {
