@@ -42,8 +42,10 @@
 // Short    not at the speed of memory: what a warp issues adds to what the tensor cores take. Cycles of a stage of four units, traced:
 //          1400 at 16 tokens, 1570 at 32, 1940 at 64; products alone are 630, 770, 1540, memory some 1200 by reckoning. Waiting for
 //          products is over at once (30 to 90 a stage), those for weights and activations take 100 and 75, little more than barriers that
-//          are passed; asked ahead of time it was no faster. A unit is 60 instructions of a warp, unpacking 39, and 12 for descriptors. Why
-//          stages of six are that much better, and of eight no more, is not understood: copies are longer, stages fewer.
+//          are passed; asked ahead of time it was no faster. A unit is 60 instructions of a warp, unpacking 39, and 12 for descriptors. By
+//          what they cost beside products of mma.sync (decode_halves.cuh; with wgmma that is not measured) 20 shifts and masks are 40 cycles
+//          and 16 multiply-adds of f16 some 30, of 117 at 16 tokens: f16 arithmetic is dear beside tensor cores. Why stages of six are
+//          that much better, and of eight no more, is not understood: copies are longer, stages fewer.
 // Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
 //          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
 //          34.4, 38.1; neither 31.5, 32.6, 34.0, 37.3, and 29.5, 29.8, 30.7 with three in flight and no stores; no stores 33.4, 36.0,
