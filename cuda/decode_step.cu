@@ -40,6 +40,12 @@
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
 //           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
 //           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3
+//           Before queries were awaited by one word, cycles of a layer, with stamps that cost 5 %:
+//                            strips (each: wait, work)   norm    inputs: norm   slices   dense   of them to scale and add up
+//           1 token          25500  (733, 447)           8500
+//           4 tokens         26300  (730, 490)           2100    8300           3700     2500    3000
+//           8 tokens         25800  (209, 985)           2700    7600           5200     2700    2800      head 174000 in all
+//           8 texts at 1900  26400  (199, 1026)          2800    7100           5600     28300   2900
 //           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
 //           Attention, 8 texts at 1024, an item of 128 keys: 4.8 for its rounds, 3.8 to join; a warp had one or two.
 // Clock     A GPC whose tensor cores work has 1.80 GHz instead of 1.98: within 2 us of the first product until 2 us after the last, however
