@@ -40,23 +40,23 @@
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
 //           1 token      5.1    -              1.5     1.1     1.4        8.7                  9.2      1.5
 //           8 tokens     1.0    4.9            2.7     1.8     3.9        9.4                  7.8      1.3
+//           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
+//           Attention, 8 texts at 1024, an item of 128 keys: 4.8 for its rounds, 3.8 to join; a warp had one or two.
 //           Before queries were awaited by one word, cycles of a layer, with stamps that cost 5 %:
 //                            strips (each: wait, work)   norm    inputs: norm   slices   dense   of them to scale and add up
 //           1 token          25500  (733, 447)           8500
 //           4 tokens         26300  (730, 490)           2100    8300           3700     2500    3000
 //           8 tokens         25800  (209, 985)           2700    7600           5200     2700    2800      head 174000 in all
 //           8 texts at 1900  26400  (199, 1026)          2800    7100           5600     28300   2900
-//           The storer works 6.0 (11.9), clears 3.2 (4.3) and waits for the rest; the ring is full for 3.4 (6.9).
-//           Attention, 8 texts at 1024, an item of 128 keys: 4.8 for its rounds, 3.8 to join; a warp had one or two.
 // Clock     A GPC whose tensor cores work has 1.80 GHz instead of 1.98: within 2 us of the first product until 2 us after the last, however
 //           few there are and whatever their operands; with one in 4 us it is 1.67 to 1.80. NVML goes on saying 1980 MHz. Of a step of one
 //           token, by clock64 and globaltimer, it is 1.85, of 8 tokens 1.80, sustained 1.52 to 1.65 (NVML: 1.77 to 1.83).
 //           Without any product on tensor cores (wrong), and without unpacking, which ptxas then leaves out too, 1 and 8 tokens at 128 take
 //           0.896 and 0.916 for 0.926 and 1.031.
-// Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8, before the log's
-//           last line; without products of strips, and what is dead without them, 558, 643. A multiply-add by mma.sync is 1.9 pJ in
-//           f16 (0.5 of zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of
-//           zeros, 15.2 wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
+// Power     is the other thing 8 tokens wait for. 616 to 634 mJ a step with 1 token, 750 to 767 with 8, before sums lay in slots of the
+//           ring; without products of strips, and what is dead without them, 558, 643. A multiply-add by mma.sync is 1.9 pJ in f16 (0.5 of
+//           zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of zeros, 15.2
+//           wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
 //           What-ifs, 8 tokens, 500 launches, two planes of bytes: all inputs zero 1.014 for 1.130; the low one zero 1.072, of 4
 //           bits 1.112, half of the products 1.089; no inputs of slices 1.059.
 // Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
@@ -112,13 +112,13 @@
 //           compute all norms of 8 tokens: 2.3 for 1.5. Norms of 8 tokens published as bytes, for which their readers have nothing to do
 //           but to read: 1.21 for 1.19 to 1.21; with the steps of all warps in one line, for which all poll, 1.25, and 2 tokens 1.13 for
 //           1.04. Inputs asked for without a glance first: 8 tokens 1.36 for 1.325, later 1.070 for 1.057; at slices alone 1.28 for 1.25;
-//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A glance at a word of each row tile, so that inputs of
-//           slices are asked for 1.00 times, not 1.16 to 1.42: 8 tokens 0.978 for 0.977, at 1024 1.064 for 1.071. A pause of 100 ns after each glance: the same. A
-//           glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs
-//           1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for
-//           1.142, kept. Words on both sides of L2, each block reading the near copy, 170 cycles nearer: of the residual 0.919 for 0.914, 8
-//           tokens 1.029 for 1.028; of norms 8 tokens 1.070; of inputs of slices as well 0.924, 1.082. A join of the MLP inside blocks, each
-//           multiplying its own rows of `up` by its columns of `down`, would give 1 % at most.
+//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A glance at a word of each row tile, so that
+//           inputs of slices are asked for 1.00 times, not 1.16 to 1.42: 8 tokens 0.978 for 0.977, at 1024 1.064 for 1.071. A pause of 100
+//           ns after each glance: the same. A glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words
+//           in registers ahead of its inputs 1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59
+//           instructions less: 8 tokens 1.138 for 1.142, kept. Words on both sides of L2, each block reading the near copy, 170 cycles
+//           nearer: of the residual 0.919 for 0.914, 8 tokens 1.029 for 1.028; of norms 8 tokens 1.070; of inputs of slices as well 0.924,
+//           1.082. A join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of `down`, would give 1 % at most.
 // Products  Codes as f16 for any number of tokens, no fixed point: at first 1.113 to 1.135; later 0.948 for 0.923 (sustained 0.959 for
 //           0.922), 4 tokens 1.043 for 0.997, 8 sustained 1.120 for 1.155. By 8 warps of 9 units and 184 registers, all loads of a strip
 //           ahead of its products 1.177; bytes by 8 warps of 9 units 1.108. Unpacking by mul.hi on the FMA pipe instead of shifts 1.201 for
@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(THREADS, 1) decode_step_kernel(const __grid_co
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH * p.groups; s++)
             barrier_init(&shared.full[s], 1), barrier_init(&shared.empty[s], readers(p, s));
-        for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH; s++) barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
+        for (uint32_t s = 0; s < Shared<ZEROS>::DEPTH; s++)
+            barrier_init(&shared.sums_full[s], p.owners), barrier_init(&shared.sums_empty[s], 1);
         barrier_init_done();
     }
     // Beside the thread that makes the barriers.
