@@ -79,8 +79,10 @@ struct Consumer {
     // Puts what lane `thread` has of sums into a slot for the storer.
     __device__ __forceinline__ void put(uint32_t slot, uint32_t thread, const float (&sum)[Inputs::TOKENS][2]) const {
         const uint32_t at = slot * CONSUMERS * 32 + thread;
-        if constexpr (MANY) store_shared16(address(shared.many[0][0]) + at * 16, sum);
-        else store_shared8(address(shared.few.sums[0][0]) + at * 8, __float_as_uint(sum[0][0]), __float_as_uint(sum[0][1]));
+        if constexpr (MANY)
+            store_shared16(address(shared.many[0][0]) + at * 16, make_float4(sum[0][0], sum[0][1], sum[1][0], sum[1][1]));
+        else
+            store_shared8(address(shared.few.sums[0][0]) + at * 8, __float_as_uint(sum[0][0]), __float_as_uint(sum[0][1]));
     }
     __device__ __forceinline__ uint32_t sums_full(uint32_t slot) const { return address(shared.sums_full[0]) + slot * 8; }
     __device__ __forceinline__ uint32_t sums_empty(uint32_t slot) const { return address(shared.sums_empty[0]) + slot * 8; }

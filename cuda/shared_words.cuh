@@ -15,9 +15,9 @@ __device__ __forceinline__ uint32_t load_shared4(uint32_t address) {
 __device__ __forceinline__ void store_shared4(uint32_t address, uint32_t v) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
-__device__ __forceinline__ void store_shared16(uint32_t address, const float (&v)[2][2]) {
-    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v[0][0]), "f"(v[0][1]), "f"(v[1][0]), "f"(v[1][1]) : "memory");
-}
 __device__ __forceinline__ void store_shared8(uint32_t address, uint32_t v, uint32_t w) {
     asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(address), "r"(v), "r"(w) : "memory");
+}
+__device__ __forceinline__ void store_shared16(uint32_t address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
