@@ -1,20 +1,12 @@
 // decode_bytes — inputs of up to 4 tokens for decode_strip: v as two signed bytes, columns 2 t (high) and 2 t + 1 (low) of token t.
-//
-// Codes   two words of a lane are the A operand of mma.m16n8k32 with a mask each for rows g and g + 8: two operations for 8 weights, where
-//         f16 takes five. Rows g + 8 are 16 times too large.
-//
-//             word s   nibble   7     6     5     4     3     2     1     0       & 0x0f0f0f0f: row g, bytes k 2q, 2q+8, 2q+1, 2q+9
-//                      k, row  2q+9  2q+9  2q+1  2q+1  2q+8  2q+8  2q    2q       & 0xf0f0f0f0: row g + 8, the same
-//                              g+8   g     g+8   g     g+8   g     g+8   g
 #pragma once
 #include "decode_strip.cuh"
 
 // What a lane holds of a warp's inputs: columns g.
 template <int UNITS_>
 struct ByteInputs {
-    static constexpr int UNITS = UNITS_, TOKENS = 1, PARTS = 2, PIECES = (UNITS * 8 + 31) / 32;
+    static constexpr int UNITS = UNITS_, TOKENS = 1, PLANES = 1, PIECES = (UNITS * 8 + 31) / 32;
     static constexpr bool ALL_AHEAD = true;
-    static constexpr float ONE = 1.f;  // a product of a code 1 and v 1
     using Sums = uint32_t[4];
     uint32_t b[UNITS][STEPS];
     float step[TOKENS];  // of token q
@@ -44,7 +36,15 @@ struct ByteInputs {
         step[0] = __shfl_sync(~0u, FixedPoint::step_of(bits, share), lane % 4 * 8);
         add_up(lane);
     }
-    // The same for one token alone, whose inputs all lanes have a part of. Each is converted once, not by both its columns, and reaches
+    // From a norm as it is published, see decode_norm.cuh.
+    __device__ __forceinline__ void put(const uint4 (&w)[UNITS][1], uint2 record, uint32_t lane) {
+#pragma unroll
+        for (int i = 0; i < UNITS; i++) b[i][0] = w[i][0].x, b[i][1] = w[i][0].y, b[i][2] = w[i][0].z, b[i][3] = w[i][0].w;
+        step[0] = __uint_as_float(__shfl_sync(~0u, record.x, lane % 4 * 8 + 3));
+        const bool none = lane / 4 % 2 || lane % 4 == 3;
+        sums[0] = none ? 0 : record.x, sums[1] = none ? 0 : record.y;
+    }
+    // As `set`, for one token alone, whose inputs all lanes have a part of. Each is converted once, not by both its columns, and reaches
     // them through `bytes`, the shared address of two planes of UNITS * 64 bytes: high bytes and low ones, in the order of the codes.
     // With more tokens `set` has fewer instructions. The bits are the same.
     //
@@ -104,7 +104,7 @@ struct ByteInputs {
         mma_bytes(h, ones, high.z, high.w), mma_bytes(l, ones, low.z, low.w);
         float mean[2];
 #pragma unroll
-        for (int e = 0; e < 2; e++) mean[e] = both_digits(h[e], l[e]) * (1.f / UNIT_INPUTS);
+        for (int e = 0; e < 2; e++) mean[e] = FixedPoint::both_digits(h[e], l[e]) * (1.f / UNIT_INPUTS);
         FixedPoint::split_sums(sums, mean);
         static_assert(UNITS % 2 == 0, "a lane's two units are or are not");
         if (g || lane % 4 * 2 >= UNITS) sums[0] = sums[1] = 0;  // the token is column 0
@@ -118,19 +118,15 @@ struct ByteInputs {
             const uint32_t ones = lane / 4 == i ? 0x01010101u : 0, a[4] = {ones, 0, ones, 0};
             mma_bytes(c[0], a, b[i][0], b[i][1]), mma_bytes(c[1], a, b[i][2], b[i][3]);
         }
-        const float mean[2] = {both_digits(c[0][0] + c[1][0], c[0][1] + c[1][1]) * (1.f / UNIT_INPUTS), 0.f};
+        const float mean[2] = {FixedPoint::both_digits(c[0][0] + c[1][0], c[0][1] + c[1][1]) * (1.f / UNIT_INPUTS), 0.f};
         FixedPoint::split_sums(sums, mean);
         sums[0] = FixedPoint::transpose(sums[0]), sums[1] = FixedPoint::transpose(sums[1]);
     }
-    static __device__ __forceinline__ float both_digits(uint32_t high, uint32_t low) {
-        return __int2float_rn((int)high * FixedPoint::BASE + (int)low);
-    }
-
     // Half `part` of unit i.
     __device__ __forceinline__ void multiply(Sums& c, const uint4& codes, int i, int part) const {
-        const uint32_t v = part ? codes.z : codes.x, w = part ? codes.w : codes.y;
-        const uint32_t a[4] = {v & 0x0f0f0f0fu, v & 0xf0f0f0f0u, w & 0x0f0f0f0fu, w & 0xf0f0f0f0u};
+        uint32_t a[4];
+        unpack_bytes(codes, part, a);
         mma_bytes(c, a, b[i][2 * part], b[i][2 * part + 1]);
     }
-    static __device__ __forceinline__ float value(const Sums& c, int, int r) { return both_digits(c[2 * r], c[2 * r + 1]); }
+    static __device__ __forceinline__ float value(const Sums& c, int, int r) { return FixedPoint::both_digits(c[2 * r], c[2 * r + 1]); }
 };

@@ -1,12 +1,10 @@
 // decode_consumer — multiplies strips from the ring by inputs kept in registers; norms of the residual stream.
 //
 // A strip is 6 units a warp, see decode_strip.cuh. Tokens are columns of the product: sums of a token do not depend on the others.
-// Inputs of up to 4 tokens are bytes, of 5 to 8 f16; either way a tile of 8 columns.
+// Inputs are bytes, two planes of them: of up to 4 tokens one tile of 8 columns, of 5 to 8 two.
 #pragma once
 #include <type_traits>
-#include "decode_bytes.cuh"
-#include "decode_halves.cuh"
-#include "decode_plan.cuh"
+#include "decode_norm.cuh"
 #include "table.cuh"
 
 namespace {
@@ -44,7 +42,7 @@ __device__ __forceinline__ void fetch(Words& w, const Args& p, const uint16_t* a
 template <bool ZEROS, bool PACKED, bool MANY>
 struct Consumer {
     using S = Shared<ZEROS>;
-    using Inputs = std::conditional_t<MANY, HalfInputs<WARP_UNITS>, ByteInputs<WARP_UNITS>>;
+    using Inputs = std::conditional_t<MANY, PlaneInputs<WARP_UNITS>, ByteInputs<WARP_UNITS>>;
     const Args& p;
     S& shared;
     // Kept in registers: the compiler would read and compute them anew for each strip, 50 cycles each.
@@ -184,11 +182,13 @@ struct Consumer {
         if (m >= tokens) return;
         uint32_t pairs[WARP_UNITS];
         norm_token(pairs, residual + m * p.hidden, weight, bias, layer);
-        uint16_t* normed = normed_of(p, layer) + value_at<MANY>(m, first() * UNIT_INPUTS + place() * 2, p.hidden);
+        if (layer < p.layers) return norms(layer).publish(pairs, m);
+        uint16_t* normed = p.final_norm + value_at<MANY>(m, first() * UNIT_INPUTS + place() * 2, p.hidden);  // f16, for the head
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
             if (i < units()) store_relaxed(normed + i * 2 * HALF_STEP<MANY>, pairs[i]);
     }
+    __device__ __forceinline__ WarpNorms<MANY> norms(uint32_t layer) const { return {p, layer, warp(), units(), lane()}; }
     __device__ __forceinline__ uint32_t own_inputs() const {
         return address(shared.few.inputs[0][0]) + warp() * sizeof(shared.few.inputs[0]);
     }
@@ -204,14 +204,15 @@ struct Consumer {
             for (int half = 0; half < 2; half++)
                 *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 64);
     }
-    // x = this warp's inputs, of `size` a token. All are asked for together: each trip through L2 is a microsecond. A lane has of each unit
-    // the 16 bytes that Inputs::set describes, of one half or of both.
-    __device__ __forceinline__ void take(const uint16_t* activations, uint32_t size, uint32_t layer) {
+    // x = this warp's inputs of a slice. All are asked for together: each trip through L2 is a microsecond. A lane has of each unit the 16
+    // bytes that Inputs::set describes, of one half or of both.
+    __device__ __forceinline__ void take(const uint16_t* slice, uint32_t layer) {
         constexpr uint32_t HALF = HALF_STEP<MANY>, UNIT = 2 * HALF;
         constexpr int HALVES = MANY ? 2 : 1, LANES = 8 / HALVES;
         const uint32_t units = this->units();
         // In place of a token that is not there another one's.
-        const uint16_t* from = activations + min(lane() / LANES, tokens - 1) * token_step<MANY>(size) + first() * UNIT + lane() % LANES * 8;
+        const uint32_t m = min(lane() / LANES, tokens - 1);
+        const uint16_t* from = slice + m * token_step<MANY>(p.wide_size) + first() * UNIT + lane() % LANES * 8;
         uint4 w[WARP_UNITS][HALVES];
         uint32_t top;
         // What is not there yet is not a number, which the largest then is not either. If that is so for another reason, each word tells.
@@ -346,8 +347,8 @@ struct Consumer {
                     if (slice == QKV_UP) x.set_pairs(pairs, own_inputs(), lane());
                     else take_one(wide + slice * p.hidden, l);
                 } else {
-                    take(slice == QKV_UP ? normed_of(p, l) : wide + value_at<MANY>(0, slice * p.hidden, 0),
-                         slice == QKV_UP ? p.hidden : p.wide_size, l);
+                    if (slice == QKV_UP) norms(l).take(x, tokens);
+                    else take(wide + value_at<MANY>(0, slice * p.hidden, 0), l);
                 }
 #pragma unroll 1
                 for (uint32_t count = run_count(*run); count; count--) strip();
@@ -356,7 +357,7 @@ struct Consumer {
         if (warp() >= p.owners) return;
         Words b;  // lane l holds token l / 4
         if (SINGLE) exchange(b, pairs);
-        else fetch<MANY>(b, p, normed_of(p, p.layers), p.hidden, lane() / 4, tokens, first(), units(), p.layers);
+        else fetch<MANY>(b, p, p.final_norm, p.hidden, lane() / 4, tokens, first(), units(), p.layers);
         head(b);
     }
 };

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr uint32_t CONSUMERS = 12, PRODUCER = 12, STORER = 13, ATTENTION = 14, WARPS = 16;
+constexpr uint32_t CONSUMERS = PEREGRINE_STEP_WARPS, PRODUCER = 12, STORER = 13, ATTENTION = 14, WARPS = 16;
 constexpr uint32_t THREADS = WARPS * 32;
 constexpr uint32_t GROUP_WARPS = 4;   // consumer warps that share a stage
 constexpr uint32_t WARP_UNITS = 6;    // most units of a strip a warp owns
@@ -115,13 +115,9 @@ __device__ __forceinline__ uint32_t norm_owner_of(uint32_t block) {
     const uint32_t apart = max(gridDim.x / TOKENS, 1u);
     return block % apart == 0 ? block / apart : TOKENS;
 }
-// Where it is published: layers take turns, the last norm has a place of its own.
-__device__ __forceinline__ uint16_t* normed_of(const Args& p, uint32_t layer) {
-    return p.normed + (layer == p.layers ? TURNS : layer % TURNS) * TOKENS * p.hidden;
-}
 
-// How activations lie in `wide` and `normed`. Up to COLUMN_TOKENS tokens, whose inputs are bytes: one token's behind another's. More of
-// them (MANY): half a unit of each of TOKENS tokens side by side, so that what a warp asks for in one instruction is four whole lines.
+// How activations lie in `wide` and `final_norm`. Up to COLUMN_TOKENS tokens: one token's behind another's. More of them (MANY): half a
+// unit of each of TOKENS tokens side by side, so that what a warp asks for in one instruction is four whole lines.
 constexpr uint32_t HALF_UNIT = UNIT_INPUTS / 2;
 template <bool MANY>
 constexpr uint32_t HALF_STEP = MANY ? HALF_UNIT * TOKENS : HALF_UNIT;  // from half a unit to the next

@@ -16,25 +16,26 @@
 //              +-------------------------------------------------------------------------------------+    to the residual by atomics
 //
 //           The residual is an integer of 2^-24 steps with a count, so its sums need no order and tell when they are complete.
-//           One token: every block computes the norm for itself. More: one block a token does, and publishes it.
+//           One token: every block computes the norm for itself. More: one block a token does, and publishes it (decode_norm.cuh).
 // Memory    Weights lie on the side of L2 that reads them (sides.cuh), so a block is the one for its multiprocessor's side, and the link
 //           between the sides is free for the words that blocks write for each other.
-// Buffers   qkv, wide (MLP and attention output) and the norms have three turns: layer l writes one, the storers clear that of l - 1, and
+// Buffers   qkv, wide (MLP and attention output) and norms have three turns: layer l writes one, the storers clear that of l - 1, and
 //           that of l + 1 has been clear since before anyone could get there. The residual has two halves, for even and odd steps.
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
-// Now       ms, H200, 30 launches in a row, before queries were awaited by one word; other cards differ by 2 %, busy ones more, see Power
-//           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.951   0.962   0.984      8 at 1024   1.085
+// Now       ms, H200, 30 launches in a row; other cards differ by 2 %, busy ones more, see Power
+//           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.954   0.981   0.975      8 at 1024   1.098
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
 //           was 9.3 us before the producer's change: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
 //           To wait for slices costs one token 0.6 %.
-//           8 tokens: what their consumers issue, see decode_halves.cuh. Within a run they never wait for weights: a strip took 1440 cycles,
-//           1080 of them products, 360 barriers, addresses and sums, with three warps a scheduler. Where they are hardly faster than
-//           memory, a ring that has filled during a wait is still full at the next one. So instructions saved in a strip save time: 17 of
-//           271 were 5 %. What-ifs (wrong), ms where it took 1.035: no copies 0.937; no waits for inputs 1.00; neither 0.826, then no
-//           unpacking 0.70, then no product 0.60; no unpacking alone 0.985, no conversion of inputs alone the same.
+//           8 tokens: what their consumers issue (decode_planes.cuh), and since then the joins. Within a run they never wait for weights:
+//           with inputs as f16 a strip took 1440 cycles, 1080 of them products, 360 barriers, addresses and sums, with three warps a
+//           scheduler. Where they are hardly faster than memory, a ring that has filled during a wait is still full at the next one. So
+//           instructions saved in a strip saved time, 17 of 271 5 %; the next 23, by bytes, saved power more than time. What-ifs (wrong), ms
+//           where it took 1.035: no copies 0.937; no waits for inputs 1.00; neither 0.826, then no unpacking 0.70, then no product 0.60;
+//           no unpacking alone 0.985, no conversion of inputs alone the same.
 // Phases    of a layer, us, a warp of consumers, average of the blocks, before weights lay near and 8 tokens' inputs were f16 (a layer was
 //           28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense
@@ -58,7 +59,8 @@
 //           zeros), 0.66 (0.22) of bytes. A stream from the near side is 13.1 pJ a bit above the 122 W of an idle card, 8.3 of zeros, 15.2
 //           wherever it lies; in which order and pieces of what size makes no difference. Reading inputs: 0.6.
 //           What-ifs, 8 tokens, 500 launches, two planes of bytes: all inputs zero 1.014 for 1.130; the low one zero 1.072, of 4
-//           bits 1.112, half of the products 1.089; no inputs of slices 1.059.
+//           bits 1.112, half of the products 1.089; no inputs of slices 1.059. An eighth of the inputs read, columns made to differ, 1.010
+//           for 1.038 (all alike 0.983; all read, then made alike 1.034), in bursts 0.967 for 0.984: 29 MB a layer by L2.
 // Pitfalls  An mbarrier arrival may overtake shared loads whose values nobody has used yet: stages go back after the sums are out.
 //           In the head a stage must always be the same warp's: the parity of a barrier is good for one phase behind only.
 //           ptxas takes registers that are loaded under a predicate for occupied all around a loop, and spills others: `fetch` loads
@@ -91,6 +93,13 @@
 //               8 texts at 1900                                     1.487 to 1.456
 //               sustained, 400 launches                             0.957  0.955    0.952  0.951     1.046  1.039    1.122  1.102
 //               and a pause of 100 ns after each glance: the same, or up to 0.7 % more
+//           norms published as bytes; 8 tokens' inputs bytes again  2 and 4 tokens: 0.967 to 0.954, 0.994 to 0.981
+//               some cards                                                                          0.992 to 0.990  1.091 to 1.116
+//                                                                                                   0.977 to 0.975  1.079 to 1.098
+//               8 tokens of one text                                                                1.070 to 1.009
+//               sustained, 300 to 500 launches                      2 and 4: 0.992, 0.998 to 0.971, 0.992
+//                                                                                                   1.006 to 0.990
+//                                                                                                   1.040 to 1.020  1.224 to 1.200
 //           and of what was not kept, by parts: ms for ms without it, 1 token at 128 where nothing else is said
 // Stream    4, 5 copies in flight a block, or 2 a lane: 1.157, 1.178, 1.151 for 1.113; later one lane with two 1.102. Without evict-first
 //           1.236 for 1.113. One thread as producer of all groups 1.12 for 1.113. One loop that asks barriers of all producer lanes in turn
@@ -111,14 +120,15 @@
 // Joins     Three runs of [down | dense] with inputs asked for ahead by cp.async: 1.176 for 1.113, more joins than it saved. All blocks
 //           compute all norms of 8 tokens: 2.3 for 1.5. Norms of 8 tokens published as bytes, for which their readers have nothing to do
 //           but to read: 1.21 for 1.19 to 1.21; with the steps of all warps in one line, for which all poll, 1.25, and 2 tokens 1.13 for
-//           1.04. Inputs asked for without a glance first: 8 tokens 1.36 for 1.325, later 1.070 for 1.057; at slices alone 1.28 for 1.25;
-//           at the norm's alone, or for its owners: the same, and with 1 token all of it. A glance at a word of each row tile, so that
-//           inputs of slices are asked for 1.00 times, not 1.16 to 1.42: 8 tokens 0.978 for 0.977, at 1024 1.064 for 1.071. A pause of 100
-//           ns after each glance: the same. A glance at the next run's inputs before the last strip 1.072 for 1.057. The next strip's words
-//           in registers ahead of its inputs 1.026 for 1.028, at 2047 1.057 for 1.046. Words not there found as not a number, 59
-//           instructions less: 8 tokens 1.138 for 1.142, kept. Words on both sides of L2, each block reading the near copy, 170 cycles
-//           nearer: of the residual 0.919 for 0.914, 8 tokens 1.029 for 1.028; of norms 8 tokens 1.070; of inputs of slices as well 0.924,
-//           1.082. A join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of `down`, would give 1 % at most.
+//           1.04 (that was with more to do elsewhere: see decode_norm.cuh). Inputs asked for without a glance first: 8 tokens 1.36 for
+//           1.325, later 1.070 for 1.057; at slices alone 1.28 for 1.25; at the norm's alone, or for its owners: the same, and with 1
+//           token all of it. A glance at a word of each row tile, so that inputs of slices are asked for 1.00 times, not 1.16 to 1.42: 8
+//           tokens 0.978 for 0.977, at 1024 1.064 for 1.071. A pause of 100 ns after each glance: the same. A glance at the next run's
+//           inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs 1.026 for 1.028, at 2047
+//           1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for 1.142, kept. Words on both
+//           sides of L2, each block reading the near copy, 170 cycles nearer: of the residual 0.919 for 0.914, 8 tokens 1.029 for 1.028;
+//           of norms 8 tokens 1.070; of inputs of slices as well 0.924, 1.082. A join of the MLP inside blocks, each multiplying its own
+//           rows of `up` by its columns of `down`, would give 1 % at most.
 // Products  Codes as f16 for any number of tokens, no fixed point: at first 1.113 to 1.135; later 0.948 for 0.923 (sustained 0.959 for
 //           0.922), 4 tokens 1.043 for 0.997, 8 sustained 1.120 for 1.155. By 8 warps of 9 units and 184 registers, all loads of a strip
 //           ahead of its products 1.177; bytes by 8 warps of 9 units 1.108. Unpacking by mul.hi on the FMA pipe instead of shifts 1.201 for
@@ -130,6 +140,8 @@
 //           third fewer instructions for inputs: 1.226 for 1.140, since a read of them is 8 halves of a line instead of 4 lines, and L2
 //           counts requests; in the order in which f16 are read, 288 instructions for 408: 1.109 for 1.115.
 //           8 tokens as f16: six chains of products side by side 1.05 for 1.035; three, all codes of a strip loaded first: the same.
+//           Attention's slice alone as f16, now: 0.971 for 0.975, at 1024 the same, at 1900 1.454 for 1.478, for a second loop of strips.
+//           All slices as f16, norms as bytes: 0.983, 1.068 at 1024; sustained see decode_planes.cuh.
 //           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood. Products in the time
 //           of waits, so that the clock stays: the same.
 //           With fewer instructions a strip, 8 tokens where it took 0.984 or, on a slower card, 0.993: addresses of all a warp reads kept in
@@ -147,7 +159,12 @@
 //           1900 1.88 for 1.835; with 480 bytes spilled 1.75, 2.34.
 // Others    A storer that reads sums by 16 bytes and converts in 32 bits: the same. Launch without `cooperative`, or without overlap of the
 //           next kernel: the same.
-// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
+// Next      9 to 16 tokens here, which take gptq_batch and a kernel each for the rest (1.40 ms from rest). By a what-if with a second tile
+//           of 8 f16 columns, whose operands were the first's, all its sums, stores, inputs and contributions, but no registers for them,
+//           no attention and no norms: 1.25 ms where 8 took 0.976 (sustained 1.27), 1.28 on another card; there without the second
+//           products 1.19, without the second inputs 1.22, without its part of the storer 1.24, and a ring of 4 strips is 0.04 of it. Its
+//           inputs are 96 registers a lane; one chain of products at a time is as fast there as three.
+//           Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
 //           texts of more than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers
 //           wait.
 // Spills    56 bytes, 140 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.

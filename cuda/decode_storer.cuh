@@ -6,7 +6,7 @@
 //
 // It also marks buffers as not ready again, a layer behind, when it has nothing else to do.
 #pragma once
-#include "decode_plan.cuh"
+#include "decode_norm.cuh"
 #include "gelu.cuh"
 #include "launch.cuh"
 
@@ -110,14 +110,19 @@ struct Storer {
                 store(layer, t, m, row, NOT_READY);
                 if (t < p.wide_tiles) store_wide(layer, m, p.ffn + t * UNIT_ROWS + row, NOT_READY);
             }
-        clear_normed(layer);
+        clear_norms(layer);
         __threadfence();
     }
-    // All that any number of tokens may have written, however it lies.
-    __device__ __forceinline__ void clear_normed(uint32_t layer) const {
+    // A token's share of the norms, whatever token's it was: any number of them may have been written, however they lie.
+    __device__ __forceinline__ void clear_norms(uint32_t layer) const {
+        const uint32_t owned = norm_owner_of(shared.block), bytes = norm_bytes(p);
+        if (owned >= TOKENS) return;
+        for (uint32_t i = lane() * 4; i < bytes; i += 128) store_relaxed(norms_of(p, layer) + owned * bytes + i, NO_DIGITS);
+    }
+    __device__ __forceinline__ void clear_final_norm() const {
         const uint32_t owned = norm_owner_of(shared.block);
         if (owned >= TOKENS) return;
-        for (uint32_t i = lane(); i < p.hidden / 2; i += 32) store_relaxed(normed_of(p, layer) + owned * p.hidden + 2 * i, NOT_READY);
+        for (uint32_t i = lane() * 2; i < p.hidden; i += 64) store_relaxed(p.final_norm + owned * p.hidden + i, NOT_READY);
     }
     __device__ __forceinline__ void qkv_up(uint32_t layer) {
         for (uint32_t t = shared.block; t < p.qkv_tiles; t += gridDim.x)
@@ -129,7 +134,7 @@ struct Storer {
             });
         // Here nobody waits for the storer: all wait for all of [qkv ; up].
         if (layer > 0) clear(layer - 1);
-        else clear_normed(p.layers);  // of the step before
+        else clear_final_norm();  // of the step before
     }
     __device__ __forceinline__ void down_dense(uint64_t* residual) {
         for_each_down_dense(shared.runs, shared.block, [&](uint32_t tile, uint32_t) {

@@ -3,8 +3,16 @@
 // Inputs      fixed point: x = step * v, a step for a token's inputs of this warp, a power of two; v from -16256 to 16256, rounded to even.
 //             The step is 2^-13 to 2^-14 of the largest input, of which f16, which the inputs come from, knows 2^-11. Where inputs are
 //             below 2^-8 it is the smallest, 2^-22.
-//             Up to 4 tokens v is two bytes (decode_bytes.cuh), beyond that it is f16 (decode_halves.cuh).
+//             v is two signed bytes, digits of base 128: of up to 4 tokens in one tile of 8 columns (decode_bytes.cuh), of 5 to 8 in two
+//             (decode_planes.cuh).
 // Sums        of a unit, codes times v, are below 15 * 64 * 16256 < 2^24: exact as integers and in f32. So both ways give the same bits.
+// Codes       two words of a lane are the A operand of mma.m16n8k32 with a mask each for rows g and g + 8: two operations for 8 weights,
+//             where f16 takes five. Rows g + 8 are 16 times too large.
+//
+//                 word s   nibble   7     6     5     4     3     2     1     0       & 0x0f0f0f0f: row g, bytes k 2q, 2q+8, 2q+1, 2q+9
+//                          k, row  2q+9  2q+9  2q+1  2q+1  2q+8  2q+8  2q    2q       & 0xf0f0f0f0: row g + 8, the same
+//                                  g+8   g     g+8   g     g+8   g     g+8   g
+//
 // Zero points are what the sums begin with: minus a product of scales (x zero points) and the sums of a unit's v, whose k is the unit. As
 //             f16 the sums are a pair, exactly.
 #pragma once
@@ -26,6 +34,7 @@ struct FixedPoint {
         return largest < 0x7f800000u ? step : __int_as_float(0x7fffffff);
     }
 
+    static __device__ __forceinline__ float both_digits(uint32_t high, uint32_t low) { return __int2float_rn((int)high * BASE + (int)low); }
     // sums: of a unit's v / 64, two tokens' of unit lane / 4, as B operand of m16n8k16, whose k is the unit; and what f16 left out.
     static __device__ __forceinline__ void split_sums(uint32_t (&sums)[2], const float (&mean)[2]) {
         const __half2 v = __floats2half2_rn(mean[0], mean[1]);
@@ -37,6 +46,12 @@ struct FixedPoint {
         return r;
     }
 };
+
+// The A registers of half `part` of a lane's codes.
+__device__ __forceinline__ void unpack_bytes(const uint4& codes, int part, uint32_t a[4]) {
+    const uint32_t v = part ? codes.z : codes.x, w = part ? codes.w : codes.y;
+    a[0] = v & 0x0f0f0f0fu, a[1] = v & 0xf0f0f0f0u, a[2] = w & 0x0f0f0f0fu, a[3] = w & 0xf0f0f0f0u;
+}
 
 // z += factors x (sums + rest); factors: (row g, row g + 8) of units 2q, 2q + 1. One product of 16 k: the eight units, twice.
 __device__ __forceinline__ void subtrahend(float z[4], const uint32_t factors[2], uint32_t sums, uint32_t rest) {
@@ -86,7 +101,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
 #pragma unroll
     for (int i = 0; i < AHEAD; i += SIDE) load(i);
     __syncwarp();  // for the compiler: these loads are asked for before the first is used
-    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS * Inputs::ONE;
+    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS;
     // Rows g, then g + 8, which are 16 times too large.
 #pragma unroll
     for (int t = 0; t < Inputs::TOKENS; t++) sum[t][0] = -ZERO * z[t], sum[t][1] = -16.f * ZERO * z[2 + t];
@@ -94,7 +109,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
     for (int i = 0; i < UNITS; i += SIDE) {
         typename Inputs::Sums c[SIDE] = {};
 #pragma unroll
-        for (int part = 0; part < Inputs::PARTS; part++)
+        for (int part = 0; part < 2; part++)
 #pragma unroll
             for (int n = 0; n < SIDE; n++) x.multiply(c[n], codes[i + n], i + n, part);
         if (i + AHEAD < UNITS) load(i + AHEAD);
@@ -110,5 +125,5 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
 #pragma unroll
     for (int t = 0; t < Inputs::TOKENS; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) sum[t][r] *= (r ? 1.f / 16.f : 1.f) / Inputs::ONE * x.step[t];
+        for (int r = 0; r < 2; r++) sum[t][r] *= (r ? 1.f / 16.f : 1.f) * x.step[t];
 }

@@ -5,6 +5,7 @@
 // anything about another one.
 //
 //   two f16 (qkv, MLP, attention)   NOT_READY, a pair of NaN that no conversion gives, until written
+//   four digits (norms)             NO_DIGITS, four times -128, until written: digits are -127 to 127
 //   residual, u64 a value           63      32 31        8 7      0    contributions are added by atomics: integer sums have no order,
 //                                   | integer  | fraction  | count |     so the bits are the same every run
 //
@@ -16,6 +17,7 @@
 namespace {
 
 constexpr uint32_t NOT_READY = 0xffffffffu;  // two f16 NaN that no conversion gives
+constexpr uint32_t NO_DIGITS = 0x80808080u;
 constexpr float X_ONE = 16777216.f;   // residual: steps of 2^-24 above an 8 bit count of contributions
 constexpr float X_LIMIT = 1073741824.f;
 
@@ -27,6 +29,11 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
 __device__ __forceinline__ uint4 load_relaxed(const uint4* p) {
     uint4 v;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 load_relaxed(const uint2* p) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
     return v;
 }
 __device__ __forceinline__ ulonglong2 load_relaxed(const ulonglong2* p) {
@@ -44,6 +51,10 @@ __device__ __forceinline__ void store_relaxed(uint16_t* p, uint32_t v) {
 }
 __device__ __forceinline__ void store_relaxed(uint16_t* p, uint32_t v, uint32_t w) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(v), "r"(w) : "memory");
+}
+__device__ __forceinline__ void store_relaxed(uint8_t* p, uint32_t v) { store_relaxed(reinterpret_cast<uint16_t*>(p), v); }
+__device__ __forceinline__ void store_relaxed(uint8_t* p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(x), "r"(y), "r"(z), "r"(w) : "memory");
 }
 __device__ __forceinline__ void add_relaxed(uint64_t* p, uint64_t v) {
     asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");

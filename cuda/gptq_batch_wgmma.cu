@@ -39,13 +39,13 @@
 //          stage is multiplied, 13.9 for the others, 0.4 (f16) or 0.6 (f32) to store; at 64 tokens 2.1, 2.4, 20.7, 1.3 or 2.7. The inputs
 //          come some 2 after the predecessor's last store: what the wait for a whole grid takes. The clock is 1.75 GHz meanwhile, 1.6 at
 //          64 tokens, 1.98 where nothing runs.
-// Short    not at the speed of memory: what a warp issues adds to what the tensor cores take. Cycles of a stage of four units, traced:
-//          1400 at 16 tokens, 1570 at 32, 1940 at 64; products alone are 630, 770, 1540, memory some 1200 by reckoning. Waiting for
-//          products is over at once (30 to 90 a stage), those for weights and activations take 100 and 75, little more than barriers that
-//          are passed; asked ahead of time it was no faster. A unit is 60 instructions of a warp, unpacking 39, and 12 for descriptors. By
-//          what they cost beside products of mma.sync (decode_halves.cuh; with wgmma that is not measured) 20 shifts and masks are 40 cycles
-//          and 16 multiply-adds of f16 some 30, of 117 at 16 tokens: f16 arithmetic is dear beside tensor cores. Why stages of six are
-//          that much better, and of eight no more, is not understood: copies are longer, stages fewer.
+// Short    not at the speed of memory, nor bound by what a scheduler issues. Pairs at 16, 32, 64 tokens, us, that took 32.9, 37.2, 49.8:
+//          no copies of weights 27.8, 32.2, 42.0; neither products nor unpacking 29.6, 30.9, 35.6, of which memory is 23.4 and the rest the
+//          two joins. [qkv ; up]'s blocks have 9 row tiles at most, so 3 of 12 warps multiply zeros: with the ninth by mma.sync, a quarter
+//          of its units a warp, 33.6, 37.4, 49.8, and not multiplied at all 33.4, 37.3, 49.8. So it is each warp's own way, some 270 cycles
+//          a unit without copies, 306 to 350 with them, in step with the three others of its group. Issued it is 100, products are 13, 16,
+//          32 each. Of a stage of four units, 1400, 1570, 1940 cycles, waits for products are 30 to 90, for weights 100, activations 75.
+//          Why stages of six are that much better, and of eight no more, is not understood: copies are longer, stages fewer.
 // Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
 //          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
 //          34.4, 38.1; neither 31.5, 32.6, 34.0, 37.3, and 29.5, 29.8, 30.7 with three in flight and no stores; no stores 33.4, 36.0,

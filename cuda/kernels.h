@@ -234,6 +234,8 @@ int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn
 #define PEREGRINE_STEP_SMS 256    // numbers that multiprocessors may have
+#define PEREGRINE_STEP_WARPS 12   // that share the inputs of a token
+#define PEREGRINE_NORM_RECORD 32  // bytes that say what a warp's inputs of a norm are multiplied by, and their sums (decode_norm.cuh)
 
 // What a decode step reads of one layer.
 typedef struct DecodeLayer {
@@ -263,7 +265,8 @@ typedef struct DecodeStepParams {
     uint64_t* x;                // [2, 8, hidden]: zero before the first call
     uint16_t* qkv;              // [TURNS, 8, (heads + 2) * 64] f16: all bits set before the first call
     uint16_t* wide;             // [TURNS][8 * (ffn + hidden)] f16 as decode_plan.cuh lays them: all bits set before the first call
-    uint16_t* normed;           // [TURNS + 1][8 * hidden] f16, likewise
+    uint8_t* norms;             // [TURNS][8 * (2 * hidden + STEP_WARPS * NORM_RECORD)], see decode_norm.cuh: all 0x80 before the first call
+    uint16_t* final_norm;       // [8 * hidden] f16, like `wide`
     float* attn_partials;       // as in AttnDecodeParams
     uint32_t* attn_arrivals;
     uint32_t* epoch;            // [2]: which half of x is this step's, and blocks that are done; zero before the first call
@@ -340,9 +343,9 @@ typedef struct StartParams {
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 
-// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, and the sums of a unit's, that mma.sync gives exactly.
-// All there are: 2 places x 16 codes x finite f16, and 8192 units x 16 rows x 8 columns.
-#define PEREGRINE_UNPACK_CHECKS (2 * 16 * 63488 + 8192 * 16 * 8)
+// unpack_check: counts the products of a code as a subnormal f16 and a finite f16 that mma.sync gives exactly.
+// All there are: 2 places x 16 codes x finite f16.
+#define PEREGRINE_UNPACK_CHECKS (2 * 16 * 63488)
 typedef struct UnpackCheckParams {
     uint32_t* exact;  // one value, zero before
 } UnpackCheckParams;

@@ -255,6 +255,26 @@ fn cuda_many_slots_have_the_logits_of_the_slots_alone() {
     }
 }
 
+/// Norms beyond f16 leave a step's inputs without numbers: that is said of the logits, and no block waits for what is never written.
+#[test]
+fn cuda_inputs_beyond_f16_make_logits_no_numbers() {
+    let folder = std::env::temp_dir().join(format!("peregrine-beyond-{}", std::process::id()));
+    golden::edited(golden::model_path("a").as_ref(), &folder, |name, values| {
+        if name.ends_with("h.1.input_layernorm.weight") {
+            values.chunks_exact_mut(2).for_each(|half| half.copy_from_slice(&0x7bff_u16.to_le_bytes()));
+        }
+    });
+    let load = || CudaModel::load(&Checkpoint::open(folder.to_str().expect("UTF-8"))?, 0, None);
+    let loaded = golden::unless_no_gpu(load());
+    std::fs::remove_dir_all(&folder).expect("folder");
+    let Some(model) = loaded.map(Arc::new) else { return };
+    for slots in [1, 2, 4, 5, 8] {
+        for (step, logits) in forced(&model, &slot_prompts(slots), 0).iter().enumerate() {
+            assert!(logits.iter().all(|logit| logit.is_nan()), "{slots} slots, step {step}");
+        }
+    }
+}
+
 #[test]
 fn cuda_a_batch_gives_each_slot_its_tokens() {
     let Some(ways) = both("a") else { return };

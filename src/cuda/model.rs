@@ -3,7 +3,7 @@
 use super::persistent::{self, Facts};
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::ops;
 use crate::gpu::{Gpu, Stream};
 use crate::timing::{LoadPart, LoadTimes};
@@ -28,7 +28,7 @@ impl CudaModel {
     /// Opens GPU `ordinal`, uploads and repacks the weights.
     ///
     /// # Errors
-    /// [`crate::Error::NoGpu`], [`crate::Error::OutOfGpuMemory`], or a driver failure.
+    /// [`Error::NoGpu`], [`Error::OutOfGpuMemory`], or a driver failure.
     pub fn load(
         checkpoint: &Checkpoint,
         ordinal: usize,
@@ -38,7 +38,10 @@ impl CudaModel {
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.shared_stream()?;
         load_times.lap("CUDA context");
-        let exact = ops::unpack_check(&stream)?;
+        if !ops::unpack_check(&stream)? {
+            let what = "this GPU's tensor cores do not keep f16 subnormals, which products of quantised weights need";
+            return Err(Error::NoGpu(what.into()));
+        }
         load_times.lap("first kernel");
         let mut weights = Weights::load(&gpu, &stream, checkpoint, progress, &mut load_times)?;
         let config = checkpoint.config().clone();
@@ -46,7 +49,7 @@ impl CudaModel {
         let persistent = if crate::trace::switches().no_persistent {
             Err("PEREGRINE_NO_PERSISTENT is set")
         } else {
-            persistent::persistent_fits(&Facts::of(&config, &weights, exact, blocks)).map(|()| blocks)
+            persistent::persistent_fits(&Facts::of(&config, &weights, blocks)).map(|()| blocks)
         };
         if persistent.is_ok() {
             weights.lay_on_sides(&gpu, &stream)?;

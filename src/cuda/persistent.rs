@@ -26,14 +26,12 @@ pub(super) struct Facts {
     pub(super) scales_per_row: usize,
     /// Some matrices store zero points and some do not.
     pub(super) mixed_zeros: bool,
-    /// The tensor cores keep subnormals, and sums that f32 can hold: what `unpack_check` looks for.
-    pub(super) exact: bool,
     /// What `decode_step_blocks` said.
     pub(super) blocks: usize,
 }
 
 impl Facts {
-    pub(super) fn of(config: &ModelConfig, weights: &Weights, exact: bool, blocks: usize) -> Facts {
+    pub(super) fn of(config: &ModelConfig, weights: &Weights, blocks: usize) -> Facts {
         let any = |what: fn(&Layer) -> bool| weights.layers.iter().any(what);
         let zeros = |has: bool| weights.matrices().any(|w| w.has_zeros == has);
         Facts {
@@ -46,7 +44,6 @@ impl Facts {
             biases: any(|l| l.qkv_up_bias.is_some() || l.down_dense_bias.is_some()),
             scales_per_row: weights.matrices().map(|w| w.scales_per_row).max().unwrap_or(1),
             mixed_zeros: zeros(true) && zeros(false),
-            exact,
             blocks,
         }
     }
@@ -59,7 +56,6 @@ pub(super) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
     let tiles = vocab / UNIT_ROWS;
     let reasons = [
         (blocks == 0, "this GPU or this build has no decode_step"),
-        (!facts.exact, "this GPU's tensor cores do not keep subnormals and exact sums"),
         (facts.act_order, "the checkpoint is in act-order"),
         (facts.biases, "quantised matrices have biases"),
         (facts.scales_per_row != 1, "groups are smaller than 64 inputs"),
@@ -110,7 +106,6 @@ mod tests {
         biases: false,
         scales_per_row: 1,
         mixed_zeros: false,
-        exact: true,
         blocks: 132,
     };
 
@@ -121,7 +116,6 @@ mod tests {
         assert_eq!(persistent_fits(&small), Ok(()));
         let cases = [
             (Facts { blocks: 0, ..FALCON }, "no decode_step"),
-            (Facts { exact: false, ..FALCON }, "subnormals"),
             (Facts { act_order: true, ..FALCON }, "act-order"),
             (Facts { biases: true, ..FALCON }, "biases"),
             (Facts { scales_per_row: 2, ..FALCON }, "smaller than 64"),

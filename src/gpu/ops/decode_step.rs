@@ -18,6 +18,8 @@ use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS};
 pub const STEP_LAYERS: usize = ffi::PEREGRINE_STEP_LAYERS as usize;
 /// Buffers that layers use in turn.
 const TURNS: usize = ffi::PEREGRINE_STEP_TURNS as usize;
+/// What a byte of a norm is until it is written: digits are -127 to 127.
+const NO_DIGIT: u8 = 0x80;
 /// Polls before a block gives up. Each is a round trip to L2, so seconds, where a whole step takes a millisecond.
 const PATIENCE: u32 = 1 << 22;
 
@@ -55,6 +57,12 @@ impl DecodeShape {
 
     fn wide_size(&self) -> usize {
         self.ffn + self.hidden
+    }
+
+    /// As `cuda/decode_norm.cuh` lays them.
+    fn norms_bytes(&self) -> usize {
+        let records = (ffi::PEREGRINE_STEP_WARPS * ffi::PEREGRINE_NORM_RECORD) as usize;
+        TURNS * GEMV_TOKENS * (2 * self.hidden + records)
     }
 }
 
@@ -97,8 +105,10 @@ pub struct DecodeScratch {
     qkv: DevBuf<u16>,
     /// `[TURNS, 8, ffn + hidden]` f16
     wide: DevBuf<u16>,
-    /// `[TURNS + 1, 8, hidden]` f16
-    normed: DevBuf<u16>,
+    /// `[TURNS, 8, 2 * hidden + 12 records]`: two bytes a value
+    norms: DevBuf<u8>,
+    /// `[8, hidden]` f16
+    final_norm: DevBuf<u16>,
     attn: AttnScratch,
     /// `[2]`
     epoch: DevBuf<u32>,
@@ -115,7 +125,8 @@ impl DecodeScratch {
             x: DevBuf::zeros(stream, "residual stream of a step", 2 * GEMV_TOKENS * shape.hidden)?,
             qkv: unset("queries, keys, values of a step", TURNS * GEMV_TOKENS * shape.qkv_size())?,
             wide: unset("activations of a step", TURNS * GEMV_TOKENS * shape.wide_size())?,
-            normed: unset("norms of a step", (TURNS + 1) * GEMV_TOKENS * shape.hidden)?,
+            norms: DevBuf::from_host(stream, "norms of a step", &vec![NO_DIGIT; shape.norms_bytes()])?,
+            final_norm: unset("last norm of a step", GEMV_TOKENS * shape.hidden)?,
             attn: AttnScratch::new(stream, shape.heads, shape.max_context, GEMV_TOKENS)?,
             epoch: DevBuf::zeros(stream, "epoch", 2)?,
             fault: MappedFault::new(gpu)?,
@@ -133,7 +144,8 @@ impl DecodeScratch {
         self.x.require(op, 2 * GEMV_TOKENS * hidden)?;
         self.qkv.require(op, TURNS * GEMV_TOKENS * self.shape.qkv_size())?;
         self.wide.require(op, TURNS * GEMV_TOKENS * self.shape.wide_size())?;
-        self.normed.require(op, (TURNS + 1) * GEMV_TOKENS * hidden)?;
+        self.norms.require(op, self.shape.norms_bytes())?;
+        self.final_norm.require(op, GEMV_TOKENS * hidden)?;
         self.attn.require(op, heads, max_context, GEMV_TOKENS)?;
         self.epoch.require(op, 2)
     }
@@ -252,7 +264,8 @@ pub fn decode_step(
         x: scratch.x.ptr_mut(stream),
         qkv: scratch.qkv.ptr_mut(stream),
         wide: scratch.wide.ptr_mut(stream),
-        normed: scratch.normed.ptr_mut(stream),
+        norms: scratch.norms.ptr_mut(stream),
+        final_norm: scratch.final_norm.ptr_mut(stream),
         attn_partials,
         attn_arrivals,
         epoch: scratch.epoch.ptr_mut(stream),

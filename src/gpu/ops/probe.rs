@@ -7,10 +7,10 @@ use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::layout::PIECE_BYTES;
 
-/// `unpack_check`: whether this GPU's tensor cores keep f16 subnormals and exact sums that f32 can hold, in every product and sum tried.
+/// `unpack_check`: whether this GPU's tensor cores keep f16 subnormals, in every product of a code and an activation.
 #[allow(unsafe_code)]
 pub fn unpack_check(stream: &Stream) -> Result<bool> {
-    let mut exact = DevBuf::<u32>::zeros(stream, "exact products and sums", 1)?;
+    let mut exact = DevBuf::<u32>::zeros(stream, "exact products", 1)?;
     call!(unpack_check, stream, ffi::UnpackCheckParams { exact: exact.ptr_mut(stream) })?;
     Ok(exact.download(stream, 0, 1)?[0] == ffi::PEREGRINE_UNPACK_CHECKS)
 }
