@@ -50,6 +50,10 @@ fn main() {
         Ok(engine) => engine,
         Err(error) => return eprintln!("SKIPPED steps: {error}"),
     };
+    let most = engine.config().max_positions.saturating_sub(STEPS);
+    if context == 0 || context > most {
+        wrong(&context.to_string(), &format!("1 to {most} tokens, for {STEPS} steps behind them"));
+    }
     let weights = engine.memory().step_weight_bytes as f64;
     let vocab = engine.config().vocab_size as u64;
     let from = if sustained { "sustained" } else { "from rest" };

@@ -39,13 +39,14 @@
 //          stage is multiplied, 13.9 for the others, 0.4 (f16) or 0.6 (f32) to store; at 64 tokens 2.1, 2.4, 20.7, 1.3 or 2.7. The inputs
 //          come some 2 after the predecessor's last store: what the wait for a whole grid takes. The clock is 1.75 GHz meanwhile, 1.6 at
 //          64 tokens, 1.98 where nothing runs.
-// Short    not at the speed of memory, nor bound by what a scheduler issues. Pairs at 16, 32, 64 tokens, us, that took 32.9, 37.2, 49.8:
-//          no copies of weights 27.8, 32.2, 42.0; neither products nor unpacking 29.6, 30.9, 35.6, of which memory is 23.4 and the rest the
-//          two joins. [qkv ; up]'s blocks have 9 row tiles at most, so 3 of 12 warps multiply zeros: with the ninth by mma.sync, a quarter
-//          of its units a warp, 33.6, 37.4, 49.8, and not multiplied at all 33.4, 37.3, 49.8. So it is each warp's own way, some 270 cycles
-//          a unit without copies, 306 to 350 with them, in step with the three others of its group. Issued it is 100, products are 13, 16,
-//          32 each. Of a stage of four units, 1400, 1570, 1940 cycles, waits for products are 30 to 90, for weights 100, activations 75.
-//          Why stages of six are that much better, and of eight no more, is not understood: copies are longer, stages fewer.
+// Short    not at the speed of memory. What-ifs, pairs at 16, 32, 64 tokens, us, where it took 32.9, 37.2, 49.8: neither products nor
+//          unpacking 29.6, 30.9, 35.6, of which memory is 23.4 and the rest the two joins; no copies of weights 27.8, 32.2, 42.0, and then
+//          one of four products 14.7, 16.8 (16, 32), without unpacking the same. So a product of 16 tokens keeps a group of warps 55
+//          cycles, of 32 64, where the tensor cores need 8, 16. But neither fewer groups help ([qkv ; up]'s blocks have 9 row tiles at most,
+//          3 of 12 warps multiply zeros: the ninth by mma.sync, a quarter of its units a warp, 33.6, 37.4, 49.8; not multiplied at all 33.4,
+//          37.3, 49.8) nor shorter chains (sums of a unit's steps in two or four: 33.2, 34.0 at 16, 37.6 at 32; 104 registers, beside which
+//          attention has no room). At 16 tokens there are 3.4 us to be had from products, 6.2 from joins, 4 from norm and attention.
+//          Why stages of six units are that much better than of four, and of eight no more, is not understood.
 // Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
 //          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
 //          34.4, 38.1; neither 31.5, 32.6, 34.0, 37.3, and 29.5, 29.8, 30.7 with three in flight and no stores; no stores 33.4, 36.0,
@@ -67,6 +68,7 @@
 //          by products of scales and sums of inputs: 19.5, 26.0, 48.8 where it was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns); the
 //          sums from a row tile of ones: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64, where it took 34.0, 36.9, 40.9, 54.1. Codes
 //          one unit ahead, not two: pairs of 36.8, 41.8, 51.5. Two ahead without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1.
+//          Unpacking between products, into a third set of registers: ptxas then waits for each product (C7520).
 //          A layer, stages of six: EARLY_FLIGHT 2 37.8, 39.8, 42.3, 43.5 at 8, 16, 24, 32 where 36.0, 38.1, 42.8, 44.1. Warps without a row
 //          tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the branch; multiplying zeros instead of another
 //          tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts that do not wait for attention: 51.3, 57.8
