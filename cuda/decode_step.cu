@@ -167,7 +167,7 @@
 //           Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
 //           texts of more than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers
 //           wait.
-// Spills    56 bytes, 140 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.
+// Spills    60 bytes, 132 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"
