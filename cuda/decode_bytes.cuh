@@ -122,6 +122,7 @@ struct ByteInputs {
         FixedPoint::split_sums(sums, mean);
         sums[0] = FixedPoint::transpose(sums[0]), sums[1] = FixedPoint::transpose(sums[1]);
     }
+
     // Half `part` of unit i.
     __device__ __forceinline__ void multiply(Sums& c, const uint4& codes, int i, int part) const {
         uint32_t a[4];

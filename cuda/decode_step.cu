@@ -24,7 +24,7 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
-// Now       ms, H200, 30 launches in a row; other cards differ by 2 %, busy ones more, see Power
+// Now       ms, H200, 30 launches in a row, 1 token before norms of several were bytes; other cards differ by 2 %, busy ones more, see Power
 //           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.954   0.981   0.975      8 at 1024   1.098
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain

@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
     for (int i = 0; i < UNITS; i += SIDE) {
         typename Inputs::Sums c[SIDE] = {};
 #pragma unroll
-        for (int part = 0; part < 2; part++)
+        for (int part = 0; part < 2; part++)  // halves of a unit
 #pragma unroll
             for (int n = 0; n < SIDE; n++) x.multiply(c[n], codes[i + n], i + n, part);
         if (i + AHEAD < UNITS) load(i + AHEAD);

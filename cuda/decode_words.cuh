@@ -17,7 +17,7 @@
 namespace {
 
 constexpr uint32_t NOT_READY = 0xffffffffu;  // two f16 NaN that no conversion gives
-constexpr uint32_t NO_DIGITS = 0x80808080u;
+constexpr uint32_t NO_DIGITS = 0x80808080u;  // NO_DIGIT of src/gpu/ops/decode_step.rs
 constexpr float X_ONE = 16777216.f;   // residual: steps of 2^-24 above an 8 bit count of contributions
 constexpr float X_LIMIT = 1073741824.f;
 

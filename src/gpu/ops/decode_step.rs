@@ -18,7 +18,7 @@ use crate::layout::{HEAD_DIM, UNIT_INPUTS, UNIT_ROWS};
 pub const STEP_LAYERS: usize = ffi::PEREGRINE_STEP_LAYERS as usize;
 /// Buffers that layers use in turn.
 const TURNS: usize = ffi::PEREGRINE_STEP_TURNS as usize;
-/// What a byte of a norm is until it is written: digits are -127 to 127.
+/// What a byte of a norm is until it is written: digits are -127 to 127. A word of them is `NO_DIGITS` of `cuda/decode_words.cuh`.
 const NO_DIGIT: u8 = 0x80;
 /// Polls before a block gives up. Each is a round trip to L2, so seconds, where a whole step takes a millisecond.
 const PATIENCE: u32 = 1 << 22;
