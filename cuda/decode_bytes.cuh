@@ -5,18 +5,19 @@
 // What a lane holds of a warp's inputs: columns g.
 template <int UNITS_>
 struct ByteInputs {
-    static constexpr int UNITS = UNITS_, TOKENS = 1, PLANES = 1, PIECES = (UNITS * 8 + 31) / 32;
+    static constexpr int UNITS = UNITS_, TOKENS = 1, PIECES = 1, PARTS = 2, ONE_PIECES = (UNITS * 8 + 31) / 32;
+    static constexpr float ONE = 1.f;  // a product of a code 1 and v 1
     static constexpr bool ALL_AHEAD = true;
     using Sums = uint32_t[4];
-    uint32_t b[UNITS][STEPS];
-    float step[TOKENS];  // of token q
-    uint32_t sums[2];    // see FixedPoint; column 2 t is token t, those between are zeros
+    uint4 b[UNITS][PIECES];  // the words of a unit's steps
+    float step[TOKENS];      // of token q
+    uint32_t sums[2];        // see FixedPoint; column 2 t is token t, those between are zeros
 
-    // From f16. The lanes of a token's two columns have one half of each unit, steps 2 p and 2 p + 1 of the column of plane p: w[i] is the
+    // `b` is f16. The lanes of a token's two columns have one half of each unit, steps 2 p and 2 p + 1 of the column of plane p: the
     // words of k 16 s + 8 h + 2 q, + 1 of unit i, at 2 (s % 2) + h. A lane converts them to both planes, keeps its own and gives the other
     // one away. Units beyond the warp's have codes and scales of zero: their inputs do not matter, as long as they are not larger than the
     // others.
-    __device__ __forceinline__ void set(const uint4 (&w)[UNITS][1], uint32_t top, uint32_t lane) {
+    __device__ __forceinline__ void set(uint32_t top, uint32_t lane) {
         uint32_t bits = bits_of(top);
 #pragma unroll
         for (int apart = 1; apart < 8; apart *= 2) bits = max(bits, __shfl_xor_sync(~0u, bits, apart));
@@ -25,21 +26,22 @@ struct ByteInputs {
         const bool low = lane / 4 % 2;
         const uint32_t own = low ? PICK_LOW : PICK_HIGH, other = low ? PICK_HIGH : PICK_LOW;
 #pragma unroll
-        for (int i = 0; i < UNITS; i++)
+        for (int i = 0; i < UNITS; i++) {
+            const uint4 v = b[i][0];
+            uint32_t words[STEPS];
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                const uint4& v = w[i][0];
                 const uint32_t even = bytes_of<FixedPoint::BASE>(s ? v.z : v.x, inverse);
                 const uint32_t odd = bytes_of<FixedPoint::BASE>(s ? v.w : v.y, inverse);
-                keep_plane(b[i], s, __byte_perm(even, odd, own), __byte_perm(even, odd, other), low);
+                keep_plane(words, s, __byte_perm(even, odd, own), __byte_perm(even, odd, other), low);
             }
+            b[i][0] = make_uint4(words[0], words[1], words[2], words[3]);
+        }
         step[0] = __shfl_sync(~0u, FixedPoint::step_of(bits, share), lane % 4 * 8);
         add_up(lane);
     }
-    // From a norm as it is published, see decode_norm.cuh.
-    __device__ __forceinline__ void put(const uint4 (&w)[UNITS][1], uint2 record, uint32_t lane) {
-#pragma unroll
-        for (int i = 0; i < UNITS; i++) b[i][0] = w[i][0].x, b[i][1] = w[i][0].y, b[i][2] = w[i][0].z, b[i][3] = w[i][0].w;
+    // `b` is a norm as it is published, see decode_norm.cuh.
+    __device__ __forceinline__ void set_record(uint2 record, uint32_t lane) {
         step[0] = __uint_as_float(__shfl_sync(~0u, record.x, lane % 4 * 8 + 3));
         const bool none = lane / 4 % 2 || lane % 4 == 3;
         sums[0] = none ? 0 : record.x, sums[1] = none ? 0 : record.y;
@@ -49,14 +51,14 @@ struct ByteInputs {
     // With more tokens `set` has fewer instructions. The bits are the same.
     //
     // From memory: piece lane + 32 i is as many chunks of eight f16 on, which are s / 2 and q of a unit in this order.
-    __device__ __forceinline__ void set_one(const uint4 (&pieces)[PIECES], uint32_t bytes, uint32_t lane) {
+    __device__ __forceinline__ void set_one(const uint4 (&pieces)[ONE_PIECES], uint32_t bytes, uint32_t lane) {
         uint32_t top = 0;
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) top = most(top, pieces[i]);
+        for (int i = 0; i < ONE_PIECES; i++) top = most(top, pieces[i]);
         const __half2 inverse = scale_of_one(top);
         const uint32_t to = bytes + lane / 8 * 64 + lane % 4 * 16 + lane / 4 % 2 * 8;
 #pragma unroll
-        for (int i = 0; i < PIECES; i++) {
+        for (int i = 0; i < ONE_PIECES; i++) {
             uint32_t high[2], low[2];
             both<FixedPoint::BASE>(pieces[i].x, pieces[i].y, inverse, high[0], low[0]);
             both<FixedPoint::BASE>(pieces[i].z, pieces[i].w, inverse, high[1], low[1]);
@@ -95,8 +97,7 @@ struct ByteInputs {
         const uint4 high = load_shared16(own), low = load_shared16(own + UNITS * 64);
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
-            const uint4 v = lane < 8 ? load_shared16(from + g * (UNITS * 64) + i * 64) : make_uint4(0, 0, 0, 0);
-            b[i][0] = v.x, b[i][1] = v.y, b[i][2] = v.z, b[i][3] = v.w;
+            b[i][0] = lane < 8 ? load_shared16(from + g * (UNITS * 64) + i * 64) : make_uint4(0, 0, 0, 0);
         }
         const uint32_t ones[4] = {0x01010101, 0, 0x01010101, 0};
         uint32_t h[4] = {}, l[4] = {};
@@ -116,7 +117,7 @@ struct ByteInputs {
 #pragma unroll
         for (int i = 0; i < UNITS; i++) {
             const uint32_t ones = lane / 4 == i ? 0x01010101u : 0, a[4] = {ones, 0, ones, 0};
-            mma_bytes(c[0], a, b[i][0], b[i][1]), mma_bytes(c[1], a, b[i][2], b[i][3]);
+            mma_bytes(c[0], a, b[i][0].x, b[i][0].y), mma_bytes(c[1], a, b[i][0].z, b[i][0].w);
         }
         const float mean[2] = {FixedPoint::both_digits(c[0][0] + c[1][0], c[0][1] + c[1][1]) * (1.f / UNIT_INPUTS), 0.f};
         FixedPoint::split_sums(sums, mean);
@@ -127,7 +128,8 @@ struct ByteInputs {
     __device__ __forceinline__ void multiply(Sums& c, const uint4& codes, int i, int part) const {
         uint32_t a[4];
         unpack_bytes(codes, part, a);
-        mma_bytes(c, a, b[i][2 * part], b[i][2 * part + 1]);
+        const uint4& v = b[i][0];
+        mma_bytes(c, a, part ? v.z : v.x, part ? v.w : v.y);
     }
     static __device__ __forceinline__ float value(const Sums& c, int, int r) { return FixedPoint::both_digits(c[2 * r], c[2 * r + 1]); }
 };

@@ -1,9 +1,10 @@
 // decode_consumer — multiplies strips from the ring by inputs kept in registers; norms of the residual stream.
 //
 // A strip is 6 units a warp, see decode_strip.cuh. Tokens are columns of the product: sums of a token do not depend on the others.
-// Inputs are bytes, two planes of them: of up to 4 tokens one tile of 8 columns, of 5 to 8 two.
+// Inputs of up to 4 tokens are bytes, two planes of them in one tile of 8 columns; of 5 to 8 norms are two tiles, slices f16.
 #pragma once
 #include <type_traits>
+#include "decode_halves.cuh"
 #include "decode_norm.cuh"
 #include "table.cuh"
 
@@ -87,17 +88,24 @@ struct Consumer {
 
     // Multiplies the next strip, hands this warp's share of the sums to the storer, and then the strip's stage back to the producer: not
     // earlier, since an arrival may overtake reads whose values nobody has needed yet.
-    __device__ __forceinline__ void strip() {
+    template <class In>
+    __device__ __forceinline__ void strip(const In& x) {
         const uint32_t thread = anew(this->thread), lane = thread % 32, warp = thread / 32;
         const uint32_t stage = stage_of(p, turn, warp / GROUP_WARPS), unit = warp % GROUP_WARPS * (WARP_UNITS * S::BYTES);
         barrier_wait(address(shared.full[0]) + stage * 8, phase);
         barrier_wait(sums_empty(turn), phase ^ 1);
-        float sum[Inputs::TOKENS][2];
+        float sum[In::TOKENS][2];
         multiply_strip<ZEROS>(sum, address(shared.ring[0][0]) + stage * S::STAGE_BYTES + unit, x, lane);
         put(turn, thread, sum);
         __syncwarp();
         if (lane == 0) barrier_arrive(sums_full(turn)), barrier_arrive(address(shared.empty[0]) + stage * 8);
         if (++turn == S::DEPTH) turn = 0, phase ^= 1;
+    }
+
+    template <class In>
+    __device__ __forceinline__ void strips(const In& x, uint32_t count) {
+#pragma unroll 1
+        for (; count; count--) strip(x);
     }
 
     // Norm of one token's residual, of which this warp has the inputs of its own units: pairs[i] is 2 lane, 2 lane + 1 of unit i.
@@ -205,15 +213,15 @@ struct Consumer {
                 *reinterpret_cast<uint4*>(w[i] + 4 * half) = load_shared16(from + i * 128 + half * 64);
     }
     // x = this warp's inputs of a slice. All are asked for together: each trip through L2 is a microsecond. A lane has of each unit the 16
-    // bytes that Inputs::set describes, of one half or of both.
-    __device__ __forceinline__ void take(const uint16_t* slice, uint32_t layer) {
+    // bytes that In::set describes, of one half or of both.
+    template <class In>
+    __device__ __forceinline__ void take(In& x, const uint16_t* slice, uint32_t layer) const {
         constexpr uint32_t HALF = HALF_STEP<MANY>, UNIT = 2 * HALF;
-        constexpr int HALVES = MANY ? 2 : 1, LANES = 8 / HALVES;
+        constexpr int HALVES = In::PIECES, LANES = 8 / HALVES;
         const uint32_t units = this->units();
         // In place of a token that is not there another one's.
         const uint32_t m = min(lane() / LANES, tokens - 1);
         const uint16_t* from = slice + m * token_step<MANY>(p.wide_size) + first() * UNIT + lane() % LANES * 8;
-        uint4 w[WARP_UNITS][HALVES];
         uint32_t top;
         // What is not there yet is not a number, which the largest then is not either. If that is so for another reason, each word tells.
         const auto load = [&] {
@@ -222,32 +230,32 @@ struct Consumer {
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
                 for (int h = 0; h < HALVES; h++)
-                    w[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT + h * HALF));
+                    x.b[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * UNIT + h * HALF));
             top = 0;
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) top = most(top, w[i][h]);
+                for (int h = 0; h < HALVES; h++) top = most(top, x.b[i][h]);
             if (are_numbers(top)) return true;
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int h = 0; h < HALVES; h++) complete &= ready(w[i][h]);
+                for (int h = 0; h < HALVES; h++) complete &= ready(x.b[i][h]);
             return complete;
         };
         const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * UNIT)) != NOT_READY; };
         poll(p, Awaited::WIDE, layer, glance, load);
-        x.set(w, top, lane());
+        x.set(top, lane());
     }
     // x = this warp's inputs of the one token.
     __device__ __forceinline__ void take_one(const uint16_t* activations, uint32_t layer) {
         const uint32_t present = units() * 8;
         const uint4* from = reinterpret_cast<const uint4*>(activations + first() * UNIT_INPUTS);
-        uint4 pieces[Inputs::PIECES];
+        uint4 pieces[Inputs::ONE_PIECES];
         const auto load = [&] {
             bool complete = true;
 #pragma unroll
-            for (int i = 0; i < Inputs::PIECES; i++) {
+            for (int i = 0; i < Inputs::ONE_PIECES; i++) {
                 pieces[i] = load_relaxed(from + min(lane() + 32 * i, present - 1));
                 complete &= ready(pieces[i]);
             }
@@ -343,15 +351,21 @@ struct Consumer {
 #pragma unroll 1
             for (const uint32_t* run = shared.runs; *run; run++) {
                 const uint32_t slice = run_slice(*run);
+                const uint16_t* values = wide + value_at<MANY>(0, slice * p.hidden, 0);
                 if constexpr (SINGLE) {
                     if (slice == QKV_UP) x.set_pairs(pairs, own_inputs(), lane());
-                    else take_one(wide + slice * p.hidden, l);
+                    else take_one(values, l);
+                } else if (slice == QKV_UP) {
+                    norms(l).take(x, tokens);
+                } else if constexpr (MANY) {
+                    HalfInputs<WARP_UNITS> halves;
+                    take(halves, values, l);
+                    strips(halves, run_count(*run));
+                    continue;
                 } else {
-                    if (slice == QKV_UP) norms(l).take(x, tokens);
-                    else take(wide + value_at<MANY>(0, slice * p.hidden, 0), l);
+                    take(x, values, l);
                 }
-#pragma unroll 1
-                for (uint32_t count = run_count(*run); count; count--) strip();
+                strips(x, run_count(*run));
             }
         }
         if (warp() >= p.owners) return;

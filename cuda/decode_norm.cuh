@@ -69,7 +69,8 @@ struct WarpNorms {
             words[i] = __byte_perm(own, __shfl_xor_sync(~0u, own, 4), pick);
             sum[i] = __dp4a((int)own, 0x01010000, __dp4a((int)own, 0x00004040, 0) * (FixedPoint::BASE / 0x40));
         }
-        uint8_t* to = place(m, second) + lane % 4 * 16 + lane / 8 * 4;
+        const uint32_t s = lane / 8, word = MANY ? s % 2 + 2 * second : s;
+        uint8_t* to = place(m, MANY ? s / 2 : second) + lane % 4 * 16 + word * 4;
 #pragma unroll
         for (int i = 0; i < WARP_UNITS; i++)
             if (i < units) store_relaxed(to + i * NORM_UNIT, words[i]);
@@ -89,32 +90,31 @@ struct WarpNorms {
     // x = these inputs of all tokens; in place of a token or a unit that is not there another one's.
     template <class Inputs>
     __device__ __forceinline__ void take(Inputs& x, uint32_t tokens) const {
-        constexpr int PLANES = Inputs::PLANES;
+        constexpr int PIECES = Inputs::PIECES;
         const uint32_t column = lane / 4, m = min(MANY ? column : column / 2, tokens - 1);
         const uint8_t* from = place(m, MANY ? 0 : column % 2) + lane % 4 * 16;
         const uint2* pair = reinterpret_cast<const uint2*>(record(m)) + lane % 4;
-        uint4 w[WARP_UNITS][PLANES];
         uint2 known;
         const auto load = [&] {
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int h = 0; h < PLANES; h++)
-                    w[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * NORM_UNIT + h * NORM_PLANE<MANY>));
+                for (int h = 0; h < PIECES; h++)
+                    x.b[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * NORM_UNIT + h * NORM_PLANE<MANY>));
             known = load_relaxed(pair);
             // Of two bytes as a number the least there can be, if they are not there.
             uint32_t least = 0;
 #pragma unroll
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
-                for (int h = 0; h < PLANES; h++)
-                    least = __vimin3_s16x2(__vimin3_s16x2(least, w[i][h].x, w[i][h].y), w[i][h].z, w[i][h].w);
+                for (int h = 0; h < PIECES; h++)
+                    least = __vimin3_s16x2(__vimin3_s16x2(least, x.b[i][h].x, x.b[i][h].y), x.b[i][h].z, x.b[i][h].w);
             const uint32_t none = NO_DIGITS & 0xffff;
             return (least & 0xffff) != none && least >> 16 != none && known.x != NO_DIGITS && known.y != NO_DIGITS;
         };
         const auto glance = [&] { return load_relaxed(reinterpret_cast<const uint32_t*>(from + (units - 1) * NORM_UNIT)) != NO_DIGITS; };
         poll(p, Awaited::WIDE, layer, glance, load);
-        x.put(w, known, lane);
+        x.set_record(known, lane);
     }
 };
 

@@ -4,8 +4,8 @@
 //             The step is 2^-13 to 2^-14 of the largest input, of which f16, which the inputs come from, knows 2^-11. Where inputs are
 //             below 2^-8 it is the smallest, 2^-22.
 //             v is two signed bytes, digits of base 128: of up to 4 tokens in one tile of 8 columns (decode_bytes.cuh), of 5 to 8 in two
-//             (decode_planes.cuh).
-// Sums        of a unit, codes times v, are below 15 * 64 * 16256 < 2^24: exact as integers and in f32. So both ways give the same bits.
+//             (decode_planes.cuh); or, of slices of 5 to 8, f16 (decode_halves.cuh).
+// Sums        of a unit, codes times v, are below 15 * 64 * 16256 < 2^24: exact as integers and in f32. So all ways give the same bits.
 // Codes       two words of a lane are the A operand of mma.m16n8k32 with a mask each for rows g and g + 8: two operations for 8 weights,
 //             where f16 takes five. Rows g + 8 are 16 times too large.
 //
@@ -101,7 +101,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
 #pragma unroll
     for (int i = 0; i < AHEAD; i += SIDE) load(i);
     __syncwarp();  // for the compiler: these loads are asked for before the first is used
-    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS;
+    constexpr float ZERO = (ZEROS ? 1.f : 8.f) * UNIT_INPUTS * Inputs::ONE;
     // Rows g, then g + 8, which are 16 times too large.
 #pragma unroll
     for (int t = 0; t < Inputs::TOKENS; t++) sum[t][0] = -ZERO * z[t], sum[t][1] = -16.f * ZERO * z[2 + t];
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
     for (int i = 0; i < UNITS; i += SIDE) {
         typename Inputs::Sums c[SIDE] = {};
 #pragma unroll
-        for (int part = 0; part < 2; part++)  // halves of a unit
+        for (int part = 0; part < Inputs::PARTS; part++)
 #pragma unroll
             for (int n = 0; n < SIDE; n++) x.multiply(c[n], codes[i + n], i + n, part);
         if (i + AHEAD < UNITS) load(i + AHEAD);
@@ -125,5 +125,5 @@ __device__ __forceinline__ void multiply_strip(float (&sum)[Inputs::TOKENS][2], 
 #pragma unroll
     for (int t = 0; t < Inputs::TOKENS; t++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) sum[t][r] *= (r ? 1.f / 16.f : 1.f) * x.step[t];
+        for (int r = 0; r < 2; r++) sum[t][r] *= (r ? 1.f / 16.f : 1.f) / Inputs::ONE * x.step[t];
 }

@@ -343,11 +343,12 @@ typedef struct StartParams {
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
 
-// unpack_check: counts the products of a code as a subnormal f16 and a finite f16 that mma.sync gives exactly.
-// All there are: 2 places x 16 codes x finite f16.
-#define PEREGRINE_UNPACK_CHECKS (2 * 16 * 63488)
+// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, and the sums of a unit's, that mma.sync gives exactly.
+// All there are: 2 places x 16 codes x finite f16; 8192 units x 16 rows x 8 columns.
+#define PEREGRINE_UNPACK_PRODUCTS (2 * 16 * 63488)
+#define PEREGRINE_UNPACK_SUMS (8192 * 16 * 8)
 typedef struct UnpackCheckParams {
-    uint32_t* exact;  // one value, zero before
+    uint32_t* exact;  // two values, zero before: products, sums
 } UnpackCheckParams;
 int32_t unpack_check(const UnpackCheckParams* p, const Launch* l);
 

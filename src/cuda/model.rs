@@ -38,7 +38,8 @@ impl CudaModel {
         let gpu = Gpu::open(ordinal)?;
         let stream = gpu.shared_stream()?;
         load_times.lap("CUDA context");
-        if !ops::unpack_check(&stream)? {
+        let exact = ops::unpack_check(&stream)?;
+        if !exact.subnormals {
             let what = "this GPU's tensor cores do not keep f16 subnormals, which products of quantised weights need";
             return Err(Error::NoGpu(what.into()));
         }
@@ -49,7 +50,7 @@ impl CudaModel {
         let persistent = if crate::trace::switches().no_persistent {
             Err("PEREGRINE_NO_PERSISTENT is set")
         } else {
-            persistent::persistent_fits(&Facts::of(&config, &weights, blocks)).map(|()| blocks)
+            persistent::persistent_fits(&Facts::of(&config, &weights, exact.sums, blocks)).map(|()| blocks)
         };
         if persistent.is_ok() {
             weights.lay_on_sides(&gpu, &stream)?;

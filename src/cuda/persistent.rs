@@ -26,12 +26,14 @@ pub(super) struct Facts {
     pub(super) scales_per_row: usize,
     /// Some matrices store zero points and some do not.
     pub(super) mixed_zeros: bool,
+    /// The tensor cores give sums that f32 can hold exactly, as `unpack_check` says.
+    pub(super) exact_sums: bool,
     /// What `decode_step_blocks` said.
     pub(super) blocks: usize,
 }
 
 impl Facts {
-    pub(super) fn of(config: &ModelConfig, weights: &Weights, blocks: usize) -> Facts {
+    pub(super) fn of(config: &ModelConfig, weights: &Weights, exact_sums: bool, blocks: usize) -> Facts {
         let any = |what: fn(&Layer) -> bool| weights.layers.iter().any(what);
         let zeros = |has: bool| weights.matrices().any(|w| w.has_zeros == has);
         Facts {
@@ -44,6 +46,7 @@ impl Facts {
             biases: any(|l| l.qkv_up_bias.is_some() || l.down_dense_bias.is_some()),
             scales_per_row: weights.matrices().map(|w| w.scales_per_row).max().unwrap_or(1),
             mixed_zeros: zeros(true) && zeros(false),
+            exact_sums,
             blocks,
         }
     }
@@ -56,6 +59,7 @@ pub(super) fn persistent_fits(facts: &Facts) -> Result<(), &'static str> {
     let tiles = vocab / UNIT_ROWS;
     let reasons = [
         (blocks == 0, "this GPU or this build has no decode_step"),
+        (!facts.exact_sums, "this GPU's tensor cores do not give exact sums"),
         (facts.act_order, "the checkpoint is in act-order"),
         (facts.biases, "quantised matrices have biases"),
         (facts.scales_per_row != 1, "groups are smaller than 64 inputs"),
@@ -106,6 +110,7 @@ mod tests {
         biases: false,
         scales_per_row: 1,
         mixed_zeros: false,
+        exact_sums: true,
         blocks: 132,
     };
 
@@ -116,6 +121,7 @@ mod tests {
         assert_eq!(persistent_fits(&small), Ok(()));
         let cases = [
             (Facts { blocks: 0, ..FALCON }, "no decode_step"),
+            (Facts { exact_sums: false, ..FALCON }, "exact sums"),
             (Facts { act_order: true, ..FALCON }, "act-order"),
             (Facts { biases: true, ..FALCON }, "biases"),
             (Facts { scales_per_row: 2, ..FALCON }, "smaller than 64"),

@@ -8,9 +8,10 @@ use peregrine::gpu::DevBuf;
 use crate::kit::{FORMATS, Quantised, Random, gpu, repack};
 
 #[test]
-fn unpack_check_finds_subnormals_exact() {
+fn unpack_check_finds_subnormals_and_sums_exact() {
     let Some((_, stream)) = gpu() else { return };
-    assert!(ops::unpack_check(&stream).unwrap());
+    let found = ops::unpack_check(&stream).unwrap();
+    assert!(found.subnormals && found.sums, "{found:?}");
 }
 
 #[test]

@@ -28,7 +28,7 @@ pub use decode_step::{
     DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
 };
 pub use on_sides::{OnSides, to_sides};
-pub use probe::{SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
+pub use probe::{Exactness, SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
 pub use product::{
     Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, row_factors,
     slices,

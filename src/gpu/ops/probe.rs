@@ -7,12 +7,25 @@ use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
 use crate::layout::PIECE_BYTES;
 
-/// `unpack_check`: whether this GPU's tensor cores keep f16 subnormals, in every product of a code and an activation.
+/// What `unpack_check` found of a GPU's tensor cores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exactness {
+    /// f16 subnormals are kept, in every product of a code and an activation: all kernels of quantised weights need that.
+    pub subnormals: bool,
+    /// Sums that f32 can hold are exact, all that were tried: `decode_step` needs that.
+    pub sums: bool,
+}
+
+/// `unpack_check`: what this GPU's tensor cores give exactly.
 #[allow(unsafe_code)]
-pub fn unpack_check(stream: &Stream) -> Result<bool> {
-    let mut exact = DevBuf::<u32>::zeros(stream, "exact products", 1)?;
+pub fn unpack_check(stream: &Stream) -> Result<Exactness> {
+    let mut exact = DevBuf::<u32>::zeros(stream, "exact products and sums", 2)?;
     call!(unpack_check, stream, ffi::UnpackCheckParams { exact: exact.ptr_mut(stream) })?;
-    Ok(exact.download(stream, 0, 1)?[0] == ffi::PEREGRINE_UNPACK_CHECKS)
+    let counted = exact.download(stream, 0, 2)?;
+    Ok(Exactness {
+        subnormals: counted[0] == ffi::PEREGRINE_UNPACK_PRODUCTS,
+        sums: counted[1] == ffi::PEREGRINE_UNPACK_SUMS,
+    })
 }
 
 const _: () = assert!(PIECE_BYTES == ffi::PEREGRINE_PIECE_BYTES as usize);
