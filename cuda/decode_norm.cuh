@@ -1,10 +1,11 @@
 // decode_norm — norms of several tokens: the block that computes one publishes it as the operands that all others multiply by.
 //
-// In a turn, a unit of all tokens is two planes of 64 bytes a token, digits of v (decode_strip.cuh) in the order of the operands, so that
-// a lane's words of a unit are one read: of q = 0 .. 3 words 4 q .. 4 q + 3 are those of its four steps.
+// In a turn, a unit of all tokens is twice 64 bytes a token, digits of v (decode_strip.cuh) in the order of the operands, so that a lane's
+// words are one read: of q = 0 .. 3 words 4 q .. 4 q + 3. With one tile they are those of its four steps, with two the high words of two
+// steps and then the low ones.
 //
 //     up to 4 tokens (a tile)   unit | token 0: high, low | token 1: high, low | ...        1024 bytes a unit, of which a warp reads whole
-//     5 to 8 (two tiles)        unit | high: token 0, 1, .. 7 | low: token 0, 1, .. 7 |      sectors or whole lines
+//     5 to 8 (two tiles)        unit | steps 0, 1: token 0, 1, .. 7 | steps 2, 3: ..  |      sectors or whole lines
 //
 // Behind the units a record of 32 bytes for each warp's inputs of each token, [warp][token]: sums of v of its six units, as the operand of
 // subtrahends (decode_strip.cuh) has them, and the step:
@@ -32,7 +33,7 @@ static_assert(NORM_RECORD == (WARP_UNITS / 2 + 1) * 8 && WARP_UNITS == 6, "three
 template <bool MANY>
 constexpr uint32_t NORM_TOKEN = MANY ? UNIT_INPUTS : 2 * UNIT_INPUTS;
 template <bool MANY>
-constexpr uint32_t NORM_PLANE = MANY ? TOKENS * UNIT_INPUTS : UNIT_INPUTS;
+constexpr uint32_t NORM_PIECE = MANY ? TOKENS * UNIT_INPUTS : UNIT_INPUTS;
 
 // A token's share of a turn, in bytes.
 __device__ __forceinline__ uint32_t norm_bytes(const Args& p) { return 2 * p.hidden + CONSUMERS * NORM_RECORD; }
@@ -44,8 +45,8 @@ struct WarpNorms {
     const Args& p;
     uint32_t layer, warp, units, lane;
 
-    __device__ __forceinline__ uint8_t* place(uint32_t m, uint32_t plane) const {
-        return norms_of(p, layer) + warp * WARP_UNITS * NORM_UNIT + m * NORM_TOKEN<MANY> + plane * NORM_PLANE<MANY>;
+    __device__ __forceinline__ uint8_t* place(uint32_t m, uint32_t piece) const {
+        return norms_of(p, layer) + warp * WARP_UNITS * NORM_UNIT + m * NORM_TOKEN<MANY> + piece * NORM_PIECE<MANY>;
     }
     __device__ __forceinline__ uint8_t* record(uint32_t m) const {
         return norms_of(p, layer) + TOKENS * 2 * p.hidden + (warp * TOKENS + m) * NORM_RECORD;
@@ -100,7 +101,7 @@ struct WarpNorms {
             for (int i = 0; i < WARP_UNITS; i++)
 #pragma unroll
                 for (int h = 0; h < PIECES; h++)
-                    x.b[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * NORM_UNIT + h * NORM_PLANE<MANY>));
+                    x.b[i][h] = load_relaxed(reinterpret_cast<const uint4*>(from + min(i, units - 1) * NORM_UNIT + h * NORM_PIECE<MANY>));
             known = load_relaxed(pair);
             // Of two bytes as a number the least there can be, if they are not there.
             uint32_t least = 0;

@@ -93,13 +93,17 @@
 //               8 texts at 1900                                     1.487 to 1.456
 //               sustained, 400 launches                             0.957  0.955    0.952  0.951     1.046  1.039    1.122  1.102
 //               and a pause of 100 ns after each glance: the same, or up to 0.7 % more
-//           norms published as bytes; 8 tokens' inputs bytes again  2 and 4 tokens: 0.967 to 0.954, 0.994 to 0.981
+//           norms published as bytes; 8 tokens' slices too, at first  2 and 4 tokens: 0.967 to 0.954, 0.994 to 0.981
 //               some cards                                                                          0.992 to 0.990  1.091 to 1.116
 //                                                                                                   0.977 to 0.975  1.079 to 1.098
 //               8 tokens of one text                                                                1.070 to 1.009
 //               sustained, 300 to 500 launches                      2 and 4: 0.992, 0.998 to 0.971, 0.992
 //                                                                                                   1.006 to 0.990
 //                                                                                                   1.040 to 1.020  1.224 to 1.200
+//           from here on steps with their sampling, by turns of 60 after a rest
+//           operands where they stay, slices of 8 tokens f16        0.914  0.914                     0.985  0.982    1.101  1.057
+//               8 at 512 1.045 to 1.013; sustained                                                   1.044  1.031    1.155  1.125
+//           marks of norms by 16 bytes, and none with one token     0.925  0.920                     0.993  0.982    1.088  1.090
 //           and of what was not kept, by parts: ms for ms without it, 1 token at 128 where nothing else is said
 // Stream    4, 5 copies in flight a block, or 2 a lane: 1.157, 1.178, 1.151 for 1.113; later one lane with two 1.102. Without evict-first
 //           1.236 for 1.113. One thread as producer of all groups 1.12 for 1.113. One loop that asks barriers of all producer lanes in turn
@@ -127,8 +131,11 @@
 //           inputs before the last strip 1.072 for 1.057. The next strip's words in registers ahead of its inputs 1.026 for 1.028, at 2047
 //           1.057 for 1.046. Words not there found as not a number, 59 instructions less: 8 tokens 1.138 for 1.142, kept. Words on both
 //           sides of L2, each block reading the near copy, 170 cycles nearer: of the residual 0.919 for 0.914, 8 tokens 1.029 for 1.028;
-//           of norms 8 tokens 1.070; of inputs of slices as well 0.924, 1.082. A join of the MLP inside blocks, each multiplying its own
-//           rows of `up` by its columns of `down`, would give 1 % at most.
+//           of norms 8 tokens 1.070; of inputs of slices as well 0.924, 1.082. Two glances under way, 150 to 450 cycles apart, so that
+//           what is there is found sooner: 8 tokens 0.996 to 1.001 for 0.992, at 1024 1.147 for 1.115, one 0.927 for 0.923. No barrier
+//           behind the norms of several tokens: 0.999 for 0.992. Their owners among blocks with few strips: the same. All marks by 16
+//           bytes, side by side: 1 token 0.932 for 0.927, 4 0.981 for 0.963, 8 at 1024 1.102 for 1.087, as attention then spills more. A
+//           join of the MLP inside blocks, each multiplying its own rows of `up` by its columns of `down`, would give 1 % at most.
 // Products  Codes as f16 for any number of tokens, no fixed point: at first 1.113 to 1.135; later 0.948 for 0.923 (sustained 0.959 for
 //           0.922), 4 tokens 1.043 for 0.997, 8 sustained 1.120 for 1.155. By 8 warps of 9 units and 184 registers, all loads of a strip
 //           ahead of its products 1.177; bytes by 8 warps of 9 units 1.108. Unpacking by mul.hi on the FMA pipe instead of shifts 1.201 for
@@ -140,8 +147,7 @@
 //           third fewer instructions for inputs: 1.226 for 1.140, since a read of them is 8 halves of a line instead of 4 lines, and L2
 //           counts requests; in the order in which f16 are read, 288 instructions for 408: 1.109 for 1.115.
 //           8 tokens as f16: six chains of products side by side 1.05 for 1.035; three, all codes of a strip loaded first: the same.
-//           Attention's slice alone as f16, now: 0.971 for 0.975, at 1024 the same, at 1900 1.454 for 1.478, for a second loop of strips.
-//           All slices as f16, norms as bytes: 0.983, 1.068 at 1024; sustained see decode_planes.cuh.
+//           Of 8 tokens' slices see decode_halves.cuh.
 //           Sums of inputs by mma.sp, 12 products for 24: the same in bursts, sustained 1.14 for 1.09, not understood. Products in the time
 //           of waits, so that the clock stays: the same.
 //           With fewer instructions a strip, 8 tokens where it took 0.984 or, on a slower card, 0.993: addresses of all a warp reads kept in
@@ -156,18 +162,21 @@
 //           1.415 for 1.606, but 1 text there 1.087 for 1.035, 4 texts 1.21 for 1.149. 192 keys from 1024 on: 8 texts at 1500 1.56 to 1.60
 //           for 1.34, the others within 2 %. All merging in one run: 8 texts at 1900 1.68 for 1.61, where the compiler reloads a spilled
 //           register in every round. A round's keys and values in one trip, queries in shared memory: 8 texts at 1024 1.50 for 1.475, at
-//           1900 1.88 for 1.835; with 480 bytes spilled 1.75, 2.34.
+//           1900 1.88 for 1.835; with 480 bytes spilled 1.75, 2.34. Items first to blocks with few strips: 8 texts 0.999 for 0.994, both
+//           warps of such a block 1.003, at 1024 1.137 for 1.116; to those with many 1.002, 1.110. A change elsewhere that makes ptxas
+//           spill more here costs a percent: look first.
 // Others    A storer that reads sums by 16 bytes and converts in 32 bits: the same. Launch without `cooperative`, or without overlap of the
 //           next kernel: the same.
-// Next      9 to 16 tokens here, which take gptq_batch and a kernel each for the rest (1.40 ms from rest). By a what-if with a second tile
-//           of 8 f16 columns, whose operands were the first's, all its sums, stores, inputs and contributions, but no registers for them,
-//           no attention and no norms: 1.25 ms where 8 took 0.976 (sustained 1.27), 1.28 on another card; there without the second
-//           products 1.19, without the second inputs 1.22, without its part of the storer 1.24, and a ring of 4 strips is 0.04 of it. Its
-//           inputs are 96 registers a lane; one chain of products at a time is as fast there as three.
-//           Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
+// Wide      9 to 16 tokens here, which take gptq_batch and a kernel each for the rest, were tried: two tiles of f16 columns, 8 warps of 9
+//           units, 192 registers each and 120 for the others (setmaxnreg), sums of inputs in shared memory. Right, and 1.46 ms for 1.32.
+//           With 4 slots for sums and a ring of 4 some 0.08 less than with 3 and 5; chains of half a unit, so 72 additions a strip more,
+//           0.07 more; from 1.51 (those, 3 slots) without the second tile's products 1.28, without its part of the storer 1.46, its inputs
+//           1.505, attention for 8 tokens 1.49, all of these 1.17. So it is instructions: of a strip of 421 76 are products, 20 a unit
+//           unpack.
+// Next      Moments applied to sums, so that products begin before the norm is complete: half a microsecond a layer by reckoning. For 8
 //           texts of more than 1600 tokens attention by more than two warps a block: there they have two items again, and the consumers
 //           wait.
-// Spills    60 bytes, 132 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.
+// Spills    44 bytes, 116 with a packed head: in attention, in the head's loop, and once a layer or less; none in loops over strips.
 #include "decode_consumer.cuh"
 #include "decode_plan.cuh"
 #include "decode_producer.cuh"

@@ -113,11 +113,13 @@ struct Storer {
         clear_norms(layer);
         __threadfence();
     }
-    // A token's share of the norms, whatever token's it was: any number of them may have been written, however they lie.
+    // A token's share of the norms, whatever token's it was: any number of them may have been written, however they lie; of one token none
+    // is. By 16 bytes: the storers of norms' owners are those that all others wait for.
     __device__ __forceinline__ void clear_norms(uint32_t layer) const {
         const uint32_t owned = norm_owner_of(shared.block), bytes = norm_bytes(p);
-        if (owned >= TOKENS) return;
-        for (uint32_t i = lane() * 4; i < bytes; i += 128) store_relaxed(norms_of(p, layer) + owned * bytes + i, NO_DIGITS);
+        if (owned >= TOKENS || tokens == 1) return;
+        for (uint32_t i = lane() * 16; i < bytes; i += 512)
+            store_relaxed(norms_of(p, layer) + owned * bytes + i, NO_DIGITS, NO_DIGITS, NO_DIGITS, NO_DIGITS);
     }
     __device__ __forceinline__ void clear_final_norm() const {
         const uint32_t owned = norm_owner_of(shared.block);
