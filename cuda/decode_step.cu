@@ -24,8 +24,8 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
-// Now       ms, H200, 30 launches in a row, 1 token before norms of several were bytes; other cards differ by 2 %, busy ones more, see Power
-//           1 token at 128, 900, 1900   0.911   0.918   0.943        2, 4, 8 tokens at 128   0.954   0.981   0.975      8 at 1024   1.098
+// Now       ms, H200, between two events, with a packed head: 1 token at 128, 1024, 2047 0.934, 0.930, 0.930 on a card that is slow with
+//           one token, where others have had 0.910, 0.913, 0.931; 8 texts at 128, 1024 0.992, 1.053; 8 tokens of one text 0.990, 1.029.
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
 //           was 9.3 us before the producer's change: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.
