@@ -6,13 +6,15 @@
 // must add exactly: unpack_check looks whether it does.
 //
 // Cost      a strip is 254 instructions of a warp, where planes take 231 (decode_planes.cuh); inputs of a run 190 fewer than digits would.
-// Measured  by turns with planes for slices too, their inputs converted by each reader, ms: 8 texts at 128 0.980 for 0.983, 0.989 for 0.992,
-//           0.994 for 0.997; at 512 1.011 for 1.032, 1.030 for 1.060; at 1024 1.087 for 1.115; at 1900 1.428 for 1.459; sustained at 128
-//           1.050 for 1.050, 1.065 for 1.056, at 1024 1.139 for 1.146, 1.157 for 1.167. Each pair is a card.
+// Measured  by turns with planes for slices too, their inputs converted by each reader, ms, a pair a run: 8 texts at 128 0.980 for 0.983,
+//           0.981 for 0.980, 0.989 for 0.992, 0.994 for 0.997; 110 steps after two seconds of rest 0.991 for 0.988, 1.000 for 1.011; at 512
+//           1.011 for 1.032, 1.013 for 1.031, 1.030 for 1.060; at 1024 1.058 for 1.092, 1.087 for 1.115, 1.090 for 1.119; at 1900 1.428
+//           for 1.459; sustained at 128 1.050 for 1.050, 1.065 for 1.056, at 1024 1.139 for 1.146, 1.157 for 1.167. So it is for contexts
+//           beyond some hundred tokens.
 // Tried     Attention's slice alone as f16: 1.000 at 128, 1.111 at 1024, 1.430 at 1900. Norms as f16 too, v from their owner, one loop of
 //           strips for both: 0.987 for 0.980, at 512 1.020 for 1.011, sustained 1.071 for 1.050. Units side by side and loaded ahead, where
-//           3 and 3 took 0.994 and at 1024 1.090: 2 and 2 0.996, 1.088; 2 and 4 0.996, 1.088; 1 and 2 0.994, 1.089; 3 and 6 0.996 (with
-//           another card 0.984 for 0.980), 1.082.
+//           3 and 3 took 0.994 and at 1024 1.090: 2 and 2 0.996, 1.088; 2 and 4 0.996, 1.088; 1 and 2 0.994, 1.089; 3 and 6 0.996 (in
+//           another run 0.984 for 0.980), 1.082.
 #pragma once
 #include "decode_strip.cuh"
 

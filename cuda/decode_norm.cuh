@@ -16,7 +16,7 @@
 // is a power of two or no number.
 //
 // Measured  ms, by turns with norms published as f16, which each reader converts: 2 tokens 0.955 for 0.967, sustained 0.981 for 0.992; 4
-//           tokens 0.980 for 0.994, sustained 0.987 for 0.998; with all that is in decode_planes.cuh 8 tokens of one text 1.009 for 1.070,
+//           tokens 0.980 for 0.994, sustained 0.987 for 0.998; with slices as bytes too, 8 tokens of one text 1.009 for 1.070,
 //           sustained 1.065 for 1.093; 8 texts 0.975 for 0.977, sustained 1.020 for 1.040. What readers no longer do, the owner does once
 //           on the way that all wait for.
 // Tried     8 texts, where it took 0.996: polling for the record as well as for a word of the last unit 1.004, for the record alone 1.004,

@@ -33,9 +33,9 @@
 //           8 tokens: what their consumers issue (decode_planes.cuh), and since then the joins. Within a run they never wait for weights:
 //           with inputs as f16 a strip took 1440 cycles, 1080 of them products, 360 barriers, addresses and sums, with three warps a
 //           scheduler. Where they are hardly faster than memory, a ring that has filled during a wait is still full at the next one. So
-//           instructions saved in a strip saved time, 17 of 271 5 %; the next 23, by bytes, saved power more than time. What-ifs (wrong), ms
-//           where it took 1.035: no copies 0.937; no waits for inputs 1.00; neither 0.826, then no unpacking 0.70, then no product 0.60;
-//           no unpacking alone 0.985, no conversion of inputs alone the same.
+//           instructions saved in a strip saved time, 17 of 271 5 %; the next 23, by bytes, which norms are now, saved power more than
+//           time. What-ifs (wrong), ms where it took 1.035: no copies 0.937; no waits for inputs 1.00; neither 0.826, then no unpacking
+//           0.70, then no product 0.60; no unpacking alone 0.985, no conversion of inputs alone the same.
 // Phases    of a layer, us, a warp of consumers, average of the blocks, before weights lay near and 8 tokens' inputs were f16 (a layer was
 //           28.4 us with 1 token, 33.9 with 8):
 //                        norm   inputs: norm   slice   dense   to bytes   strips: [qkv ; up]   slices   dense

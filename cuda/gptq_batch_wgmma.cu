@@ -69,10 +69,10 @@
 //          sums from a row tile of ones: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64, where it took 34.0, 36.9, 40.9, 54.1. Codes
 //          one unit ahead, not two: pairs of 36.8, 41.8, 51.5. Two ahead without unrolling: 39.1, 48.8, 62.9 where it was 38.5, 43.7, 58.1.
 //          Unpacking between products, into a third set of registers: ptxas then waits for each product (C7520). Two units a batch: 136
-//          registers, else likewise (C7512). All layers in one launch, rings that are never empty, norm and attention by four more warps,
-//          and words for joins: steps of 16, 32, 64 texts in 1.61, 1.75, 3.06 ms for 1.32, 1.62, 2.33. Without waits for norms 1.35, 1.63,
-//          2.81, without any 1.21, 1.55, 2.65, and without norms and attention 1.16, 1.35, 1.99: products alone take 32 us a layer of 16,
-//          where launches that overlap take 37.
+//          registers, else likewise (C7512). All layers in one launch, rings never empty, norm and attention by four more warps, and words
+//          for joins (its logits up to 0.043 off, not looked into): steps of 16, 32, 64 texts in 1.61, 1.75, 3.06 ms for 1.32, 1.62, 2.33.
+//          Without waits for norms 1.35, 1.63, 2.81, without any 1.21, 1.55, 2.65, and without norms and attention 1.16, 1.35, 1.99:
+//          products alone take 32 us a layer of 16, launches that overlap 37.
 //          A layer, stages of six: EARLY_FLIGHT 2 37.8, 39.8, 42.3, 43.5 at 8, 16, 24, 32 where 36.0, 38.1, 42.8, 44.1. Warps without a row
 //          tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the branch; multiplying zeros instead of another
 //          tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts that do not wait for attention: 51.3, 57.8
