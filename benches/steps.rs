@@ -12,6 +12,7 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use peregrine::Error;
 use peregrine::engine::{Device, Engine, LoadOptions, SessionOptions};
 use peregrine::sampler::Sampling;
 
@@ -48,7 +49,11 @@ fn main() {
     let options = LoadOptions { device: Device::Cuda(0), ..LoadOptions::default() };
     let engine = match Engine::load(&model, &options) {
         Ok(engine) => engine,
-        Err(error) => return eprintln!("SKIPPED steps: {error}"),
+        Err(error @ Error::NoGpu(_)) => return eprintln!("SKIPPED steps: {error}"),
+        Err(error) => {
+            eprintln!("steps: {error}");
+            std::process::exit(error.exit_code().into())
+        }
     };
     let most = engine.config().max_positions.saturating_sub(STEPS);
     if context == 0 || context > most {
