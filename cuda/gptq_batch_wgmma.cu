@@ -15,7 +15,8 @@
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
 //          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
 //          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
-//          with 128 registers, and for none if the driver gives shared memory 196 KB, as it did where the block asked for 194.
+//          with 128 registers, where a thread here has 96 (to 32 columns): a quarter of a multiprocessor has 16384, and one has four of 14
+//          warps. There is none if the driver gives shared memory 196 KB, as it did where the block asked for 194.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
 //          By power (see What it takes): the stream, f16 products and an idle card alone are a step of 1.20, 1.56, 2.28 ms of 16, 32, 64
@@ -24,9 +25,7 @@
 //          all and without 24 and 40 columns, in brackets; 48 and 64 with six units and two stages of activations, 72 with four and three:
 //              tokens       1             8             16            24            32            40            48            64
 //              pair, us     31.9 (33.5)   32.4 (33.9)   34.1 (36.6)   35.8 (39.6)   38.6 (40.4)   42.0 (45.6)   44.5 (46.0)   50.8 (52.8)
-//          72 tokens: 56.3 with stages of four. Before weights were unpacked by one multiply-add of two, stages of four: 36.1, 38.1, 42.3,
-//          54.1, 57.1 at 8, 16, 32, 64, 72; stages of six alone, then: 34.9, 36.9, 41.5 at 8, 16, 32. Compare only within a run: they
-//          differ by 2 to 3 %.
+//          72 tokens: 56.3 with stages of four. Compare only within a run: they differ by 2 to 3 %.
 //          A layer with norm and attention in a harness, texts at position 128, us, by turns; the last line sustained:
 //              tokens                                          8       16      24      32      48      64
 //              stages of four, a fifth slice for `dense`       35.6    38.8    41.9    43.6    51.7    58.8
@@ -35,35 +34,38 @@
 //              and room for attention                                  37.2    40.8    44.8    50.6    57.1
 //              without attention                               34.4    36.4    39.8    40.7    46.8    53.1
 //              a second of steps behind each other                     39.7            49.4            66.8
-//          Of a product's 19 us at 16 tokens, stages of four, traced: 2.4 from the first block's begin to the inputs, 1.7 until the first
-//          stage is multiplied, 13.9 for the others, 0.4 (f16) or 0.6 (f32) to store; at 64 tokens 2.1, 2.4, 20.7, 1.3 or 2.7. The inputs
-//          come some 2 after the predecessor's last store: what the wait for a whole grid takes. The clock is 1.75 GHz meanwhile, 1.6 at
-//          64 tokens, 1.98 where nothing runs.
-// Short    not at the speed of memory. What-ifs, pairs at 16, 32, 64 tokens, us, where it took 32.9, 37.2, 49.8: neither products nor
-//          unpacking 29.6, 30.9, 35.6, of which memory is 23.4 and the rest the two joins; no copies of weights 27.8, 32.2, 42.0, and then
-//          one of four products 14.7, 16.8 (16, 32), without unpacking the same. So a product of 16 tokens keeps a group of warps 55
-//          cycles, of 32 64, where the tensor cores need 8, 16. But neither fewer groups help ([qkv ; up]'s blocks have 9 row tiles at most,
-//          3 of 12 warps multiply zeros: the ninth by mma.sync, a quarter of its units a warp, 33.6, 37.4, 49.8; not multiplied at all 33.4,
-//          37.3, 49.8) nor shorter chains (sums of a unit's steps in two or four: 33.2, 34.0 at 16, 37.6 at 32; 104 registers, beside which
-//          attention has no room). At 16 tokens there are 3.4 us to be had from products, 6.2 from joins, 4 from norm and attention.
-//          Why stages of six units are that much better than of four, and of eight no more, is not understood.
-// Tried    (pairs, us) What-ifs with stages of four units, two in flight, at 8, 16, 32, 64 tokens, where it took 34.9, 37.8, 40.0, 52.2:
-//          half of the activations' copies 34.7, 37.6, 39.6, 51.1; no unpacking 33.8, 35.5, 39.1, 50.3; one of four products 31.8, 32.9,
-//          34.4, 38.1; neither 31.5, 32.6, 34.0, 37.3, and 29.5, 29.8, 30.7 with three in flight and no stores; no stores 33.4, 36.0,
-//          37.5, 48.9.
-//          At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two stages of
-//          activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9, 33.5,
-//          37.9, and with that: three in flight 33.4, 34.2, 37.9; EARLY_FLIGHT 2 32.5, 34.0, 38.9; a word that each block counts up
-//          behind its stores and the next product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations
-//          (8, 16 tokens): the same.
+//          The inputs come some 2 us after the predecessor's last store: what the wait for a whole grid takes. Sums are stored in 0.4 (f16)
+//          or 0.6 us, at 64 tokens 1.3 or 2.7. The clock is 1.75 GHz meanwhile, 1.6 at 64 tokens, 1.98 where nothing runs.
+// Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
+//          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues; and
+//          what else a warp does comes on top: 122, 88, 107, 138 cycles a unit of one warp alone and of 16, 32, 64 tokens where three take
+//          turns, 56 instructions each, of which 36 unpack; here it is 64. By mma.sync 95 to 98 and 142 (16, 32 tokens), sums of bytes in
+//          two planes 73 and 115, without zero points or scaling 82, 102. So two fewer instructions a unit are 2 to 3 cycles.
+//          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
+//          1.361, 1.73, three quarters of the stages (as many as there are, spread evenly) 1.25, 1.43, 1.92; no unpacking 1.215, 1.376,
+//          2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168, 1.289, 1.586.
+// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took 1.318:
+//          weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after the
+//          other, but no more than none, one, two of them: 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Four divisions a thread where a
+//          block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart: 1.42 to 1.45. Groups of row tiles
+//          that are left over, cut into equal parts for all blocks, whose sums come into the owner's ring: 1.36, with 32 texts 1.61 for
+//          1.47; of that 0.03 for a second copy of the loop over units (18 KB; two are more than the instruction cache has), 0.03 for the
+//          sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49. Three groups a block and
+//          as many blocks as that takes: 1.35 for 1.29. No test a unit whether there are more: C7512 (see below), 1.50.
+//          Faster, but not in before it has passed the tests: 64-bit adds to descriptors (UIADD3.64 for three instructions), whole groups of
+//          row tiles to blocks, weights before the inputs as said, barriers made by the warp that fetches weights, which waits for nobody:
+//          1.281 for 1.320; 32 texts 1.48 for 1.50 to 1.58; sustained 1.37 for 1.43, 1.73 for 1.77.
+//          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
+//          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
+//          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
+//          next product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations (8, 16 tokens): the same.
 //          The block's sums side by side in shared memory, stored by bulk copies of a token's rows: 33.5, 35.3, 39.6, 52.6 where it was
 //          32.4, 34.1, 38.6, 52.8 (of f32 sums alone 0.7 less at 64 and 72, 0.1 to 0.3 more at 8 to 32).
-//          mma.sync, each warp one of four units of a stage, the warps' sums joined at the end (error 1.4e-6): with 2, 3, 4, 6 groups of
-//          row tiles 34.8 to 35.7, 35.8 to 36.8, 37.6, 39.3 at 16 tokens, stages of four; with stages of eight 31.7 and 34.4 at 8 and 16,
-//          no better than this kernel; 40.5 at 24, 48 at 32. Tests between row tiles whether there are more: 38.1 where it was 35.6.
-//          Before that: products of a quarter unit in flight, four at a time: [qkv ; up] 21.0, 23.5, 28.1 at 16, 32, 64 tokens where it was
-//          19.0, 21.1, 26.0. Pairs of blocks (clusters) that share activations by multicast: 20.6, 23.6, 29.1 and blocks that begin up to
-//          9 us later in a step; an arrival at the other block's barrier with .release.cluster is a fence that doubles the time.
+//          mma.sync, each warp one of four units of a stage, the warps' sums joined at the end (error 1.4e-6): 34.8 to 39.3 at 16 tokens
+//          with 2 to 6 groups of row tiles, stages of four; of eight 31.7, 34.4, 40.5, 48 at 8, 16, 24, 32, no better than this kernel.
+//          Pairs of blocks (clusters) that share activations by multicast: [qkv ; up] 20.6, 23.6, 29.1 at 16, 32, 64 tokens where it was
+//          19.0, 21.1, 26.0, and blocks that begin up to 9 us later in a step; an arrival at the other block's barrier with
+//          .release.cluster is a fence that doubles the time.
 //          Codes as subnormals straight from masks (20 instructions), a chain a unit, scaled by f32 multiply-adds, zero points taken off
 //          by products of scales and sums of inputs: 19.5, 26.0, 48.8 where it was 19.0, 21.7, 27.0 (17.2 for 19.1 with 8 columns); the
 //          sums from a row tile of ones: pairs of 35.4, 38.6, 48.1, 68.9 at 8, 16, 32, 64, where it took 34.0, 36.9, 40.9, 54.1. Codes
@@ -73,16 +75,14 @@
 //          for joins (its logits up to 0.043 off, not looked into): steps of 16, 32, 64 texts in 1.61, 1.75, 3.06 ms for 1.32, 1.62, 2.33.
 //          Without waits for norms 1.35, 1.63, 2.81, without any 1.21, 1.55, 2.65, and without norms and attention 1.16, 1.35, 1.99:
 //          products alone take 32 us a layer of 16, launches that overlap 37.
-//          A layer, stages of six: EARLY_FLIGHT 2 37.8, 39.8, 42.3, 43.5 at 8, 16, 24, 32 where 36.0, 38.1, 42.8, 44.1. Warps without a row
-//          tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the branch; multiplying zeros instead of another
-//          tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts that do not wait for attention: 51.3, 57.8
-//          where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the next product's rings fill early: pairs of
-//          42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
-//          The next product's first four stages brought into L2 as the ring drains: a layer in bursts 36.7, 42.5, 57.7 at 16, 32, 64 where it
-//          was 37.6, 42.8, 57.9; sustained, in steps of a model, 1.391, 1.673, 2.299 ms where it was 1.398, 1.668, 2.312; prompts the
-//          same. (Of a stage that is not whole nobody says that it is free: to wait for it hangs.) From 16 tokens on the GPU runs
-//          against its 700 W, and so it does with one: what saves time and no energy saves little. A layer takes 19 mJ with 1 token, 28,
-//          35, 48 with 16, 32, 64.
+//          A layer, stages of six: warps without a row tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the
+//          branch; multiplying zeros instead of another tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts
+//          that do not wait for attention: 51.3, 57.8 where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the
+//          next product's rings fill early: pairs of 42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
+//          The next product's first four stages brought into L2 as the ring drains: a layer in bursts 36.7, 42.5, 57.7 at 16, 32, 64 where
+//          it was 37.6, 42.8, 57.9; sustained, in steps, 1.391, 1.673, 2.299 ms where it was 1.398, 1.668, 2.312. (Of a stage that is not
+//          whole nobody says that it is free: to wait for it hangs.) From 16 tokens on the GPU runs against its 700 W, and so it does
+//          with one: what saves time and no energy saves little. A layer takes 19 mJ with 1 token, 28, 35, 48 with 16, 32, 64.
 //          What it takes: a multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights are small integers), 0.6 of bytes; a bit
 //          read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a step of 64 texts takes 2.34 ms sustained
 //          for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in bursts and busy, where it took 37.3, 43.5,
