@@ -37,24 +37,24 @@
 //          The inputs come some 2 us after the predecessor's last store: what the wait for a whole grid takes. Sums are stored in 0.4 (f16)
 //          or 0.6 us, at 64 tokens 1.3 or 2.7. The clock is 1.75 GHz meanwhile, 1.6 at 64 tokens, 1.98 where nothing runs.
 // Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
-//          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues; and
-//          what else a warp does comes on top: 122, 88, 107, 138 cycles a unit of one warp alone and of 16, 32, 64 tokens where three take
-//          turns, 56 instructions each, of which 36 unpack; here it is 64. By mma.sync 95 to 98 and 142 (16, 32 tokens), sums of bytes in
-//          two planes 73 and 115, without zero points or scaling 82, 102. So two fewer instructions a unit are 2 to 3 cycles.
-//          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
-//          1.361, 1.73, three quarters of the stages (as many as there are, spread evenly) 1.25, 1.43, 1.92; no unpacking 1.215, 1.376,
-//          2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168, 1.289, 1.586.
-// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took 1.318:
-//          weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after the
-//          other, but no more than none, one, two of them: 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Four divisions a thread where a
+//          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
+//          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
+//          instructions, of which 36 unpack; here it is 64. By mma.sync, with one to six row tiles that share B, 106 to 94 and 162 to 142
+//          (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102.
+//          What-ifs, steps of 16, 32, 64 texts at full clock, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies
+//          nothing 1.228, 1.361, 1.73, or three quarters of the stages (as many as there are, spread evenly) 1.25, 1.43, 1.92; no unpacking
+//          1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168, 1.289, 1.586.
+// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took
+//          1.318: weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after
+//          the other, but no more than none, one, two of them 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Four divisions a thread where a
 //          block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart: 1.42 to 1.45. Groups of row tiles
 //          that are left over, cut into equal parts for all blocks, whose sums come into the owner's ring: 1.36, with 32 texts 1.61 for
 //          1.47; of that 0.03 for a second copy of the loop over units (18 KB; two are more than the instruction cache has), 0.03 for the
-//          sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49. Three groups a block and
-//          as many blocks as that takes: 1.35 for 1.29. No test a unit whether there are more: C7512 (see below), 1.50.
-//          Faster, but not in before it has passed the tests: 64-bit adds to descriptors (UIADD3.64 for three instructions), whole groups of
-//          row tiles to blocks, weights before the inputs as said, barriers made by the warp that fetches weights, which waits for nobody:
-//          1.281 for 1.320; 32 texts 1.48 for 1.50 to 1.58; sustained 1.37 for 1.43, 1.73 for 1.77.
+//          sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49. Three groups a block and as
+//          many blocks as that takes: 1.35 for 1.29. No test a unit whether there are more: C7512 (see below), 1.50.
+//          Faster, but not in before it has passed the tests on a GPU (it is in the history): whole groups of row tiles to blocks, weights
+//          before the inputs as said, 64-bit adds to descriptors (UIADD3.64 for three instructions), barriers made by the warp that fetches
+//          weights, which waits for nobody: 1.281 for 1.320; 32 texts 1.48 for 1.50 to 1.58; sustained 1.37 for 1.43, 1.73 for 1.77.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
 //          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
