@@ -53,8 +53,9 @@
 //          sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49. Three groups a block and as
 //          many blocks as that takes: 1.35 for 1.29. No test a unit whether there are more: C7512 (see below), 1.50.
 //          Faster, but not in before it has passed the tests on a GPU (it is in the history): whole groups of row tiles to blocks, weights
-//          before the inputs as said, 64-bit adds to descriptors (UIADD3.64 for three instructions), barriers made by the warp that fetches
-//          weights, which waits for nobody: 1.281 for 1.320; 32 texts 1.48 for 1.50 to 1.58; sustained 1.37 for 1.43, 1.73 for 1.77.
+//          before the inputs as said, descriptors added to in 64 bits (UIADD3.64 for three), barriers made by the warp that fetches
+//          weights, which waits for nobody: 1.28 for 1.32, 32 texts 1.43 to 1.54 for 1.49 to 1.61; sustained, without the last, 1.37 for
+//          1.43, 1.73 for 1.77.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
 //          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
