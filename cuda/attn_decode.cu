@@ -26,12 +26,12 @@
 //          2.19. One block a multiprocessor that takes item after item: 64 texts alone 10.5 us at 128, 52 at 1024. Keys and values of a
 //          warp's first 32 keys in registers before the wait, a round ahead after it, 168 registers: 1.75 ms where 1.70 (16 texts), alone
 //          18.4 us where 14.0 (32 texts at 1024). No prefetch: 1.60 ms where 1.55.
-//          33, 40, 48, 64 texts at 128, each head tile by one warp, so that there are 80 blocks for 64, and [down | dense] does not wait for
-//          attention, with 96 registers in gptq_batch: steps of 1.60, 1.64, 1.83, 1.97 to 2.27 ms by turns where 1.71, 1.77, 1.94, 2.20
-//          (power makes them differ within a run); but at 1024 4.35 with 64 for 2.72, 1.98 with 32 for 1.85, and the graph knows no
-//          position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for 1.88, 64 2.09 for 2.18, at 280 and
-//          900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93, 2.25 if in order; 2.36 for 2.20 with a warp a tile behind
-//          blocks for long contexts, 40 texts 1.80 for 1.75.
+//          33, 40, 48, 64 texts at 128, each head tile by one warp, so that there are 80 blocks for 64, and [down | dense] does not wait
+//          for attention, with 96 registers in gptq_batch: steps of 1.60, 1.64, 1.83, 1.97 ms by turns where 1.71, 1.77, 1.94, 2.22, in
+//          another run 2.27 where 2.20 with 64 (power makes them differ); but at 1024 4.35 for 2.72 with 64 (and 104 registers), with 32
+//          1.98 for 1.85, and the graph knows no position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for
+//          1.88, 64 2.09 for 2.18, at 280 and 900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93 for 1.92, 2.25 for 2.24
+//          if in order; 64 2.36 for 2.20, 40 1.80 for 1.75 with a warp a tile behind blocks for long contexts.
 // Spills   12 bytes with two head tiles.
 #include "launch.cuh"
 #include "attn_decode.cuh"

@@ -41,17 +41,17 @@
 //          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
 //          instructions, of which 36 unpack; here it is 64. By mma.sync, with one to six row tiles that share B, 106 to 94 and 162 to 142
 //          (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102.
-//          What-ifs, steps of 16, 32, 64 texts at full clock, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies
-//          nothing 1.228, 1.361, 1.73, or three quarters of the stages (as many as there are, spread evenly) 1.25, 1.43, 1.92; no unpacking
-//          1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168, 1.289, 1.586.
+//          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
+//          1.361, 1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of
+//          these 1.168, 1.289, 1.586. That group in 9 of 12 stages, as if evenly spread: 1.25, 1.40, 1.92 for 1.30, 1.46, 1.99.
 // Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took
 //          1.318: weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after
 //          the other, but no more than none, one, two of them 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Four divisions a thread where a
 //          block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart: 1.42 to 1.45. Groups of row tiles
-//          that are left over, cut into equal parts for all blocks, whose sums come into the owner's ring: 1.36, with 32 texts 1.61 for
-//          1.47; of that 0.03 for a second copy of the loop over units (18 KB; two are more than the instruction cache has), 0.03 for the
-//          sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49. Three groups a block and as
-//          many blocks as that takes: 1.35 for 1.29. No test a unit whether there are more: C7512 (see below), 1.50.
+//          that are left over, cut into equal parts for all blocks, whose sums come into the owner's ring: 1.36, with 32 texts 1.52 for
+//          1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at once, it seems), 0.04 for the sums'
+//          way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49, where 1.30, 1.49. Three groups a
+//          block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50; of 32 it hung (C7512 there; not looked into).
 //          Faster, but not in before it has passed the tests on a GPU (it is in the history): whole groups of row tiles to blocks, weights
 //          before the inputs as said, descriptors added to in 64 bits (UIADD3.64 for three), barriers made by the warp that fetches
 //          weights, which waits for nobody: 1.28 for 1.32, 32 texts 1.43 to 1.54 for 1.49 to 1.61; sustained, without the last, 1.37 for
@@ -88,9 +88,8 @@
 //          read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a step of 64 texts takes 2.34 ms sustained
 //          for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in bursts and busy, where it took 37.3, 43.5,
 //          59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5,
-//          planes in sums of their own 36.7, 47.2 and 38.5, 48.3. So power would be no limit then, but instructions are; and inputs would
-//          have to be written as bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills)
-//          and 41.2, 54.4, 170.
+//          planes in sums of their own 36.7, 47.2 and 38.5, 48.3: not power, but instructions are the limit then; and inputs would have to
+//          be bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
 // Spills   4 bytes, 72 tokens with two scales a unit and zero points.
 #include "bulk.cuh"
 #include "chain.cuh"
@@ -107,7 +106,7 @@ constexpr int AHEAD = 2;                   // units a warp loads ahead of the on
 constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
 constexpr int EARLY_FLIGHT = 1;  // stages, before the inputs are there: norm and attention are at work then
 constexpr int SHARED_BYTES = 218 * 1024;
-constexpr int REGISTERS = 104;  // of a thread at most: attention and norm are to fit beside a block, see Overlap
+constexpr int REGISTERS = 104;  // of a thread at most; to 32 columns it is 96, beside which attention fits, see Behind
 
 template <int SCALES_, bool ZEROS_, int TOKENS_>
 struct BatchShape {
