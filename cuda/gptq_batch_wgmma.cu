@@ -1,9 +1,10 @@
 // gptq_batch_wgmma — gptq_batch on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
 // Shapes   as gptq_batch; for f16 outputs out_stride and gelu_stride multiples of 8.
 // Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
-// Mapping  one block an SM keeps to one K slice and to 10 or 11 row tiles, one a warp; each warp gives wgmma its own 16 rows as A, from
-//          registers, four warps share the activations as B. One warp fetches weights (a bulk copy a row tile and stage), one
-//          activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before the predecessor ends.
+// Mapping  one block an SM keeps to one K slice and to two or three groups of four row tiles (batch_share.cuh), one tile a warp; each warp
+//          gives wgmma its own 16 rows as A, from registers, four warps share the activations as B. One warp fetches weights (a bulk copy a
+//          row tile and stage), one activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before
+//          the predecessor ends. The former makes the barriers, and waits for none of the others: what it is late by, all are.
 // Numbers  a weight is f16(scale * (code - zero)), AutoGPTQ's own definition of it, times a power of two of its row (row_factors.cu), which
 //          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
@@ -11,11 +12,11 @@
 // Overlap  a block takes 38,000 to 47,000 of an SM's registers and 200 to 214 of its 227 KB, so that norm and attention lie beside it and
 //          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
 //          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
-//          the inputs are there it is EARLY_FLIGHT of them.
+//          the inputs are there it is one, of which there are EARLY or EARLY_SLICED.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
 //          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
 //          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
-//          with 128 registers, where a thread here has 96 (to 32 columns): a quarter of a multiprocessor has 16384, and one has four of 14
+//          with 128 registers, where a thread here has 96: a quarter of a multiprocessor has 16384, and one has four of 14
 //          warps. There is none if the driver gives shared memory 196 KB, as it did where the block asked for 194.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
@@ -52,10 +53,9 @@
 //          1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at once, it seems), 0.04 for the sums'
 //          way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49, where 1.30, 1.49. Three groups a
 //          block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50; of 32 it hung (C7512 there; not looked into).
-//          Faster, but not in before it has passed the tests on a GPU (it is in the history): whole groups of row tiles to blocks, weights
-//          before the inputs as said, descriptors added to in 64 bits (UIADD3.64 for three), barriers made by the warp that fetches
-//          weights, which waits for nobody: 1.28 for 1.32, 32 texts 1.43 to 1.54 for 1.49 to 1.61; sustained, without the last, 1.37 for
-//          1.43, 1.73 for 1.77.
+//          Blocks of 10 or 11 row tiles, weights before the inputs one stage after the other without end, descriptors added to in 32 bits
+//          (three uniform instructions), barriers made by the first thread for all: 1.32 for 1.28, 32 texts 1.49 to 1.61 for 1.43 to 1.54;
+//          sustained, but for the last, 1.43 for 1.37, 1.77 for 1.73.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
 //          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
@@ -91,6 +91,7 @@
 //          planes in sums of their own 36.7, 47.2 and 38.5, 48.3: not power, but instructions are the limit then; and inputs would have to
 //          be bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
 // Spills   4 bytes, 72 tokens with two scales a unit and zero points.
+#include "batch_share.cuh"
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "gemm_output.cuh"
@@ -104,9 +105,10 @@ constexpr int WARPS = 12;                  // that multiply, one row tile each: 
 constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
 constexpr int AHEAD = 2;                   // units a warp loads ahead of the one it unpacks
 constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
-constexpr int EARLY_FLIGHT = 1;  // stages, before the inputs are there: norm and attention are at work then
+// Stages asked for, one after the other, before the inputs are there: norm or attention are at work then, and wait longer for more.
+constexpr uint32_t EARLY = 1, EARLY_SLICED = 2;
 constexpr int SHARED_BYTES = 218 * 1024;
-constexpr int REGISTERS = 104;  // of a thread at most; to 32 columns it is 96, beside which attention fits, see Behind
+constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
 
 template <int SCALES_, bool ZEROS_, int TOKENS_>
 struct BatchShape {
@@ -133,29 +135,11 @@ struct BatchShape {
     using Sums = float[TOKENS / 8][4];
 };
 
-// How the inputs are cut into slices, each of `units` units but the last, which has the rest. If attention writes the inputs from attn_unit
-// on, and the product begins before it has ended, every slice has its part of them, behind `early` units (whole stages) of those before;
-// the last slice, whose inputs are one run, has the first last_late of attention's. early == 0: every slice is one run.
-struct Slices {
-    uint32_t count, units, early = 0, attn_unit, last_late = 0;
-
-    Slices(const GptqMatmulParams& p, uint32_t stage_units) : count(p.slices), attn_unit(p.attn_input / UNIT_INPUTS) {
-        const uint32_t k_units = p.w.k / UNIT_INPUTS;
-        units = (k_units + count - 1) / count;
-        const uint32_t others = count - 1, whole = attn_unit / count / stage_units * stage_units;
-        const uint32_t last = k_units - others * units, last_early = attn_unit - others * whole;
-        if (!p.ready || !others || whole > units || last_early > last) return;
-        early = whole, last_late = last - last_early;
-    }
-};
-
 struct BatchParams {
     CUtensorMap x;  // [k units][tokens][64] f16
     GptqMatmulParams p;
     Slices slices;
-    // The host does the divisions: a block asks for its first weights at once.
-    uint64_t tiles;       // row tiles of a block, in steps of 2^-32, rounded up
-    uint64_t reciprocal;  // 1 / slices, in such steps, rounded up
+    Deal deal;
 };
 
 #if PEREGRINE_WGMMA
@@ -165,63 +149,32 @@ struct Barriers {
     uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[Shape::X_STAGES], x_empty[Shape::X_STAGES], inputs;
 };
 
-// What a block multiplies: `count` units, of which `jump` stages begin at unit `first` and the others at unit `second`.
 template <class Shape>
-struct Span {
-    uint32_t slice, count, first, second = 0, jump = ~0u, tile0, tiles;
-    uint32_t late = 0;  // the first stage for which attention writes inputs
-    __device__ __forceinline__ explicit Span(const BatchParams& g) {
-        const Slices& s = g.slices;
-        const uint32_t part = (uint32_t)(blockIdx.x * g.reciprocal >> 32);
-        slice = blockIdx.x - part * s.count;
-        first = slice * (s.early ? s.early : s.units);
-        count = min(s.units, g.p.w.k / UNIT_INPUTS - slice * s.units);
-        if (s.early && slice + 1 < s.count) {
-            second = s.attn_unit + s.last_late + slice * (s.units - s.early);
-            late = jump = s.early / Shape::UNITS;
-        } else if (s.early) {
-            late = (s.attn_unit - first) / Shape::UNITS;
-        }
-        tile0 = (uint32_t)(part * g.tiles >> 32);
-        tiles = (uint32_t)((part + 1) * g.tiles >> 32) - tile0;
-    }
-    __device__ __forceinline__ uint32_t stages() const { return (count + Shape::UNITS - 1) / Shape::UNITS; }
-    // The first unit of a stage.
-    __device__ __forceinline__ uint32_t unit(uint32_t stage) const {
-        return stage < jump ? first + stage * Shape::UNITS : second + (stage - jump) * Shape::UNITS;
-    }
-    // Warps that multiply: whole warpgroups.
-    __device__ __forceinline__ uint32_t warps() const { return min((tiles + 3) / 4 * 4, (uint32_t)WARPS); }
-    // The units of the block's row tile i; of a tile that it has not, another's.
-    __device__ __forceinline__ const uint8_t* row_tile(const GptqMatmulParams& p, uint32_t i) const {
-        return p.w.units + (size_t)(tile0 + (i < tiles ? i : 0)) * (p.w.k / UNIT_INPUTS) * Shape::Units::BYTES;
-    }
-};
+using Span = Share<Shape::UNITS>;
 
 template <class Shape>
 __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
-    const uint8_t* row_tile = s.row_tile(p, lane);
+    const uint32_t lane = threadIdx.x % 32, stages = s.stages(), early = p.y.partials ? EARLY_SLICED : EARLY;
+    const uint32_t tile = s.group * GROUP_TILES + lane, tiles = min(s.warps(), p.w.n / UNIT_ROWS - s.group * GROUP_TILES);
+    const uint8_t* row_tile = p.w.units + (size_t)tile * (p.w.k / UNIT_INPUTS) * Shape::Units::BYTES;
     // Shared addresses, once: each conversion would ask which block of its cluster this is.
     const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
-    const uint32_t inputs = smem_address(&b.inputs);
     Place<Shape::W_STAGES> place, arrived;
-    uint32_t waiting = 0;  // copies under way
-    bool there = false;    // the inputs are
+    int waiting = 0;  // stages under way
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
-        if (waiting >= (there ? Shape::IN_FLIGHT : EARLY_FLIGHT)) {
+        if (j == early) barrier_wait(&b.inputs, 0);
+        if (waiting == (j < early ? 1 : Shape::IN_FLIGHT)) {
             barrier_wait(full + arrived.slot * 8, arrived.parity);
             arrived.advance();
             waiting--;
-            if (!there) there = barrier_test(inputs, 0);
         }
         waiting++;
         const uint32_t bytes = min((uint32_t)Shape::UNITS, s.count - j * Shape::UNITS) * Shape::Units::BYTES;
-        if (lane == 0) barrier_expect(full + place.slot * 8, s.tiles * bytes);
+        if (lane == 0) barrier_expect(full + place.slot * 8, tiles * bytes);
         __syncwarp();
         const uint8_t* from = row_tile + (size_t)s.unit(j) * Shape::Units::BYTES;
-        if (lane < s.tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
+        if (lane < tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
         place.advance();
     }
 }
@@ -246,7 +199,8 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
                                           Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32, stages = s.stages();
     const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
-    const uint32_t x = smem_address(smem) / 16 | 1u << 16;
+    // In 64 bits, which one uniform instruction adds to; of the low word alone three would.
+    const uint64_t x = wgmma_descriptor(smem_address(smem));
     uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
     typename Shape::Units::Raw raw[AHEAD];
     Place<Shape::W_STAGES> place;
@@ -275,10 +229,10 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
             for (int u = 0; u < Shape::UNITS; u++) {
                 if (u > 0 && u >= units) break;
                 uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
-                const uint32_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
+                const uint64_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
                 wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], wgmma_descriptor_of(x_unit + i * 2), 1);
+                for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], x_unit + i * 2, 1);
                 wgmma_commit();
                 wgmma_wait<1>();
                 // The compiler does not know that the registers were in use until here.
@@ -318,14 +272,20 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
-    const Span<Shape> s(g);
-    if (threadIdx.x == 0) {
+    const Span<Shape> s(g.slices, g.deal);
+    // The warp that fetches weights makes the barriers, and does not wait for anybody.
+    if (threadIdx.x == WARPS * 32) {
         for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
         for (int i = 0; i < Shape::X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
         barrier_init(&b.inputs, 1);
         barrier_init_done();
     }
-    __syncthreads();
+    if (warp == WARPS) {
+        __syncwarp();
+        asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
+    } else {
+        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    }
     if (warp == WARPS) {
         fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
     } else if (warp > WARPS) {
@@ -340,11 +300,11 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     } else if (warp < s.warps()) {
         // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
         typename Shape::Sums acc = {};
-        const uint32_t lane = threadIdx.x % 32, tile = s.tile0 + (warp < s.tiles ? warp : 0), row = tile * UNIT_ROWS;
-        // A warp without a row tile multiplies zeros: with many tokens power decides, and products of zeros take less of it.
-        const __half2 factor = as_half2(warp < s.tiles ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
+        const uint32_t lane = threadIdx.x % 32, tile = s.group * GROUP_TILES + warp, row = tile * UNIT_ROWS;
+        // A warp without a row tile multiplies zeros.
+        const __half2 factor = as_half2(row < g.p.w.n ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
         multiply<Shape>(acc, s, factor, smem, b);
-        if (warp >= s.tiles) return;
+        if (row >= g.p.w.n) return;
         scale_sums<Shape>(acc, undo_factor(factor));
         uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
         const float* b = g.p.y.bias ? g.p.y.bias + row + lane / 4 : nullptr;
@@ -363,13 +323,10 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
                               {UNIT_INPUTS, Shape::TOKENS, Shape::UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
-    const uint32_t row_tiles = p->w.n / UNIT_ROWS, least = (row_tiles + WARPS - 1) / WARPS;
-    const uint32_t parts = max(min(multiprocessors / p->slices, row_tiles), least);
-    const uint64_t tiles = (((uint64_t)row_tiles << 32) + parts - 1) / parts, reciprocal = ((1ull << 32) + p->slices - 1) / p->slices;
-    BatchParams g = {{}, *p, Slices(*p, Shape::UNITS), tiles, reciprocal};
+    BatchParams g = {{}, *p, Slices(*p, Shape::UNITS), Deal(*p, WARPS / GROUP_TILES, multiprocessors)};
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(parts * p->slices), THREADS, Shape::ASKED_BYTES, l, g);
+    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(g.deal.parts * p->slices), THREADS, Shape::ASKED_BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>

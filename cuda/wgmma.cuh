@@ -14,13 +14,11 @@
 
 #if PEREGRINE_WGMMA
 // B at shared address `x`: [tokens][64 inputs] f16, 128-byte swizzle; inputs 16 step .. 16 step + 15. Start address, distance of the
-// 8-token groups (1024 bytes); lengths in 16 bytes. Only the low word varies, and is computed as such.
+// 8-token groups (1024 bytes); lengths in 16 bytes.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t x, uint32_t step = 0) {
     const uint32_t low = (x / 16 | 1 << 16) + step * 2;
     return (uint64_t)(1024 / 16 | 1 << 30) << 32 | low;
 }
-// The same from its low word, x / 16 + (1 << 16), where that is to stay in one uniform register.
-__device__ __forceinline__ uint64_t wgmma_descriptor_of(uint32_t low) { return (uint64_t)low | (uint64_t)0x40000040u << 32; }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits until at most PENDING committed groups are under way.
