@@ -106,7 +106,7 @@ constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights,
 constexpr int AHEAD = 2;                   // units a warp loads ahead of the one it unpacks
 constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
 // Stages asked for, one after the other, before the inputs are there: norm or attention are at work then, and wait longer for more.
-constexpr uint32_t EARLY = 1, EARLY_SLICED = 2;
+constexpr uint32_t EARLY = 2, EARLY_SLICED = 3;
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
 
