@@ -166,8 +166,14 @@ mod cuda {
                 let (up, down) = &layers[turn % 2];
                 let x = |x, stride| Activations { x, stride, tokens: m, attention: None };
                 let (out, gelu_out) = (&mut out, &mut gelu);
-                let split =
-                    MatmulOutput::Split { out, gelu_out, gelu_stride: wide, split_row: qkv, bias: None };
+                let split = MatmulOutput::Split {
+                    out,
+                    gelu_out,
+                    gelu_stride: wide,
+                    split_row: qkv,
+                    bias: None,
+                    announced: None,
+                };
                 ops::gptq_matmul(s, kernel, up, 0..up.n, x(&normed, HIDDEN), 1, split)?;
                 let (slices, output) = if kernel == MatmulKernel::Gemm {
                     (1, MatmulOutput::Residual { x: &mut sums, bias: None })

@@ -8,7 +8,8 @@
 //          context leave at once.
 //          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
 // Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
-// Awaited  it says how far it is, and the product behind it begins before it has ended: ready.cuh.
+// Awaited  it says how far it is, and the product behind it begins before it has ended; and tokens of AHEAD_KEYS or more begin before the
+//          product in front has ended, when the rows of `qkv` are there: ready.cuh.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, up to four rounds of scores, softmax and values, and the merge.
 // Measured in a step of one kernel an op at position 128, while weights of the next product come in: 4.2 to 5.9 us where a warp an item
@@ -19,6 +20,10 @@
 //          took 5.1, 5.7, 6.8 and 11.5, 12.3, 22.3.
 //          A layer of 32 texts in a harness, behind which [down | dense] does not wait: at 128 41.8 us with two head tiles a block, 44.5 with
 //          one, since the last 28 blocks then begin, and with them the product, when the first have ended; at 200 42.5 and 45.5.
+//          Ahead of the rest of [qkv ; up], steps by turns: 16 texts at 300, 1024 1.272, 1.505 ms where 1.283, 1.573; 32 at 1024, 1900
+//          1.712, 2.026 where 1.751, 2.079 (fastest tenths); the same or 0.9 % more at 128, for all tokens or for none (see AHEAD_KEYS). Of
+//          a layer of 16 at 128, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at 18.8 to 20.4, where 16.1, and 25.0
+//          to 26.4.
 // Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
 //          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
@@ -63,6 +68,10 @@ constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a war
 // Of a token with fewer keys a block may have two head tiles, two warps each.
 constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
 
+// Tokens with fewer keys wait for the whole product in front, where those with more wait for the rows of `qkv` alone (ready.cuh):
+// attention of few is over soon enough, and waiting for words has its price.
+constexpr uint32_t AHEAD_KEYS = 256;
+
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
@@ -87,26 +96,39 @@ __device__ __forceinline__ uint32_t parts_of(const AttnDecodeParams& p) {
     return __reduce_add_sync(~0u, blocks) * attn_head_tiles(p.heads);
 }
 
+// By the blocks in front of those of the tokens, the first of which says when what stands before attention is complete.
+__device__ __forceinline__ void announce(const AttnDecodeParams& p, uint32_t* ready) {
+    if (blockIdx.x + blockIdx.y || threadIdx.x >= 32) return;
+    const uint32_t parts = parts_of(p);
+    wait_previous();
+    if (threadIdx.x == 0) ready_begin(ready, parts);
+}
+
 // PAIRED: short contexts, see `paired`.
 template <bool PAIRED>
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
     const uint32_t warp = threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
-    const AttnToken t = token_of(p, blockIdx.z);
+    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
+    if (ready && blockIdx.z == 0) return announce(p, ready);
+    const uint32_t m = blockIdx.z - (ready ? 1 : 0);
+    const AttnToken t = token_of(p, m);
     const bool pair = PAIRED && t.position < PAIRED_KEYS;
-    const AttnItem item = {blockIdx.z, pair ? blockIdx.y * 2 + warp / 2 : blockIdx.y, blockIdx.x};
+    const AttnItem item = {m, pair ? blockIdx.y * 2 + warp / 2 : blockIdx.y, blockIdx.x};
     const uint32_t blocks = blocks_of(t.position), team = pair ? WARPS / 2 : WARPS, member = warp % team;
     if (item.chunk >= blocks || (pair && blockIdx.y * 2 >= tiles)) return;  // the grid is not over before those that wait
     const uint32_t rounds = pair && item.head_tile >= tiles ? 0 : t.position / ATTN_ROUND + 1;
     const uint32_t own = (rounds + team * blocks - 1) / (team * blocks);
     const uint32_t first = (item.chunk * team + member) * own;
-    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
-    const bool leads = ready && blockIdx.x + blockIdx.y + blockIdx.z == 0 && warp == WARPS - 1;
-    const uint32_t parts = leads ? parts_of(p) : 0;
     if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
-    wait_previous();
-    if (leads && threadIdx.x % 32 == 0) ready_begin(ready, parts);
+    const bool ahead = ready && t.position >= AHEAD_KEYS;
+    if (ahead) {
+        if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
+        __syncthreads();
+    } else {
+        wait_previous();
+    }
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
     // Of four warps 2 and 3 join 0 and 1, then 1 joins 0; of two 1 joins 0. Warps that have no keys are the last ones.
@@ -128,6 +150,7 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
     __syncwarp();
     if (threadIdx.x % 32 == 0) ready_end(ready);
+    if (ahead) wait_previous();
 }
 
 // Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, but not if they have two head tiles each: [down |
@@ -143,6 +166,6 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
+    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens + (p->awaited ? 1 : 0));
     return launch(paired(*p) ? attn_decode_kernel<true> : attn_decode_kernel<false>, grid, WARPS * 32, 0, l, *p);
 }

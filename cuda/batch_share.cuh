@@ -27,13 +27,14 @@ struct Slices {
 struct Deal {
     uint32_t parts;       // blocks of a slice
     uint32_t each, more;  // groups of a block; the first `more` blocks have one more
+    uint32_t behind;      // groups of the others, which are the first: rows of `qkv` are done sooner, and attention waits for them
     uint64_t reciprocal;  // 1 / slices in steps of 2^-32, rounded up
 
     // `most` groups a block.
     Deal(const GptqMatmulParams& p, uint32_t most, uint32_t multiprocessors) {
         const uint32_t groups = (p.w.n + GROUP_TILES * UNIT_ROWS - 1) / (GROUP_TILES * UNIT_ROWS);
         parts = max(min(multiprocessors / p.slices, groups), (groups + most - 1) / most);
-        each = groups / parts, more = groups % parts;
+        each = groups / parts, more = groups % parts, behind = (parts - more) * each;
         reciprocal = ((1ull << 32) + p.slices - 1) / p.slices;
     }
 };
@@ -48,7 +49,8 @@ struct Share {
     __device__ __forceinline__ Share(const Slices& s, const Deal& d) {
         const uint32_t part = (uint32_t)(blockIdx.x * d.reciprocal >> 32);
         slice = blockIdx.x - part * s.count;
-        group = part * d.each + min(part, d.more), groups = d.each + (part < d.more);
+        const bool more = part < d.more;
+        groups = d.each + more, group = more ? d.behind + part * groups : (part - d.more) * groups;
         first = slice * (s.early ? s.early : s.units);
         count = slice + 1 < s.count ? s.units : s.last_units;
         if (s.early && slice + 1 < s.count) {

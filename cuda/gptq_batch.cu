@@ -45,6 +45,10 @@ __device__ __forceinline__ void store_sums(const GptqMatmulParams& p, uint32_t s
 #pragma unroll 2
         for (uint32_t r = lane; r < rows; r += 32)
             store_output(p.y, p.w.n, p.tokens, slice, m, tile * UNIT_ROWS + r, sums[m * SUM_STRIDE + r]);
+    if (p.announce && tile * UNIT_ROWS < p.y.split_row) {
+        __syncthreads();
+        if (threadIdx.x == 0) ready_count(p.announce, min(end, p.y.split_row / UNIT_ROWS) - tile);
+    }
 }
 
 template <class Shape, int STAGES>

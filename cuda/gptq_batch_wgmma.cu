@@ -13,6 +13,8 @@
 //          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
 //          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
 //          the inputs are there it is one, of which there are EARLY or EARLY_SLICED.
+// In front of attention, row tiles of `qkv` are counted as they are stored, so that attention of long contexts need not wait for the others
+//          (ready.cuh); blocks that have one group less, and end sooner, have them.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
 //          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
 //          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
@@ -37,6 +39,11 @@
 //              a second of steps behind each other                     39.7            49.4            66.8
 //          The inputs come some 2 us after the predecessor's last store: what the wait for a whole grid takes. Sums are stored in 0.4 (f16)
 //          or 0.6 us, at 64 tokens 1.3 or 2.7. The clock is 1.75 GHz meanwhile, 1.6 at 64 tokens, 1.98 where nothing runs.
+//          A layer of 16 texts at 128, by stamps that cost 5 %, us from the inputs of [qkv ; up], median of the blocks (and the last):
+//          inputs in shared memory 0.7, multiplied 13.5 (14.6; with two groups 10.9), stored 13.9 (15.0); [down | dense]: inputs 17.4, in
+//          shared memory 18.1, multiplied 31.1 (32.0), stored 31.7 (32.8); norm: inputs 34.1, read 35.1, done 36.7; the next inputs 37.8.
+//          So 25.9 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if, all barriers but no product and no
+//          unpacking: 11.9 for 12.8, 4.2 TB/s: memory is as long as the products are, and joins leave it idle.
 // Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
 //          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
 //          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
@@ -47,15 +54,27 @@
 //          these 1.168, 1.289, 1.586. That group in 9 of 12 stages, as if evenly spread: 1.25, 1.40, 1.92 for 1.30, 1.46, 1.99.
 // Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took
 //          1.318: weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after
-//          the other, but no more than none, one, two of them 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Four divisions a thread where a
-//          block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart: 1.42 to 1.45. Groups of row tiles
-//          that are left over, cut into equal parts for all blocks, whose sums come into the owner's ring: 1.36, with 32 texts 1.52 for
-//          1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at once, it seems), 0.04 for the sums'
-//          way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32, 1.49, where 1.30, 1.49. Three groups a
-//          block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50; of 32 it hung (C7512 there; not looked into).
-//          Blocks of 10 or 11 row tiles, weights before the inputs one stage after the other without end, descriptors added to in 32 bits
-//          (three uniform instructions), barriers made by the first thread for all: 1.32 for 1.28, 32 texts 1.49 to 1.61 for 1.43 to 1.54;
-//          sustained, but for the last, 1.43 for 1.37, 1.77 for 1.73.
+//          the other, but no more than none, one, two of them 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Since whole groups go to blocks,
+//          and barriers are made by the warp that fetches, one and two take 1.284, two and two 1.278, two and three (EARLY, EARLY_SLICED)
+//          1.257, three and three 1.289; with 32 texts one and two 1.407, two and three 1.400, with 64 1.993 and 1.975 (fastest tenths).
+//          Four divisions a thread where a block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart:
+//          1.42 to 1.45. Groups of row tiles that are left over, cut into equal parts for all blocks, whose sums come into the owner's
+//          ring: 1.36, with 32 texts 1.52 for 1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at
+//          once, it seems), 0.04 for the sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32,
+//          1.49, where 1.30, 1.49. Three groups a block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50; of 32 it
+//          hung (C7512 there; not looked into). Blocks of 10 or 11 row tiles, weights before the inputs one stage after the other without
+//          end, descriptors added to in 32 bits (three uniform instructions), barriers made by the first thread for all: 1.32 for 1.28, 32
+//          texts 1.49 to 1.61 for 1.43 to 1.54; sustained, but for the last, 1.43 for 1.37, 1.77 for 1.73.
+//          How weights lie in memory, 16, 32, 64 texts, fastest tenths of steps, two and three stages before the inputs. Where row tiles, a
+//          copy of 3.3 KB each, took 1.254, 1.422, 2.001: a group's tiles side by side, a copy of 13 KB, 1.242, 1.405, 1.983; a box of a
+//          tensor map for a group, rows of a unit, 1.321, 1.462, 2.007, of three units 1.289, 1.444, 2.008. Where row tiles, but one and
+//          two stages, took 1.279, 1.436, 2.028: all that a block reads in one piece, copies of 13 KB, 1.257, 1.400, 1.988, of 39 KB 1.275,
+//          1.410, 1.993; in pieces of 4 KB on its side of L2 (sides.cuh), which would be the weights a third time, 1.249, 1.379, 2.000.
+//          [down | dense] cut more evenly: 65 units a block instead of 71, of which two bands of three groups leave one run each to an
+//          eleventh block: its products took 12.3 us for 12.5, the norm 0.2 more for a sixth slice, the step 1.293 for 1.257. Blocks with
+//          two groups first, so that they have the rows of `qkv`: 1.287 for 1.256, 64 texts 2.013 for 1.977 (fastest tenths): those with
+//          three then begin last. [down | dense] by the count of all row tiles of [qkv ; up], instead of the word that says that this has
+//          ended: 1.274 for 1.255. That word stored without release: the same.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
 //          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
@@ -311,6 +330,10 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         const float2 bias = b ? make_float2(b[0], b[8]) : make_float2(0.f, 0.f);
         if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc, transpose);
         else store_halves<Shape::TOKENS>(g.p, row, bias, 0, acc, transpose);
+        if (g.p.announce && row < g.p.y.split_row) {
+            __syncwarp();
+            if (lane == 0) ready_count(g.p.announce, 1);
+        }
     }
 #endif
 }

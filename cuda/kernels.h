@@ -35,7 +35,7 @@ extern "C" {
 #define PEREGRINE_DRAFT_ROWS 32    // most rows of a single slot: the walk over them is one warp's
 #define PEREGRINE_BACKOFF 64       // most steps without drafts
 #define PEREGRINE_ATTN_CHUNK 128   // fewest keys of an item of attention in a decode step, where a token has several
-#define PEREGRINE_READY_WORDS 3    // by which attention lets the product behind it begin
+#define PEREGRINE_READY_WORDS 4    // by which attention and the products around it know how far each other are (cuda/ready.cuh)
 #define PEREGRINE_PIECE_BYTES 4096 // of memory that are on the same side of L2 (cuda/sides.cuh)
 
 struct CUstream_st;
@@ -100,6 +100,7 @@ typedef struct GptqMatmulParams {
     // attn_input .. k - 1 of x and none before.
     uint32_t* ready;
     uint32_t attn_input;
+    uint32_t* announce;  // NULL, or the words of the attn_decode behind it, which may wait for the rows below split_row alone
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
@@ -207,7 +208,8 @@ typedef struct AttnDecodeParams {
     float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], and PEREGRINE_READY_WORDS if awaited; zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
-    uint32_t awaited;         // 1: the gptq_batch behind it awaits it by the words behind the arrivals (cuda/ready.cuh)
+    // 1: the gptq_batch behind it awaits it, and it may await the one in front, by the words behind the arrivals (cuda/ready.cuh).
+    uint32_t awaited;
 } AttnDecodeParams;
 int32_t attn_decode(const AttnDecodeParams* p, const Launch* l);   // tokens <= PEREGRINE_STEP_TOKENS
 

@@ -19,7 +19,7 @@ use crate::gpu::ops::{
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
-use crate::weights::{Layer, Weights};
+use crate::weights::Weights;
 
 /// Up to this many tokens the layer's last product begins before attention has ended. Attention of more fills the GPU, and a product's blocks
 /// beside it delay both.
@@ -71,14 +71,15 @@ impl Pass<'_> {
         let first_norm = weights.layers.first().map_or(&weights.final_norm, |l| &l.norm);
         ops::layernorm(stream, first_norm, &mut s.x, None, m, &mut s.normed)?;
         for (i, layer) in weights.layers.iter().enumerate() {
-            self.qkv_up(layer, tokens)?;
-            self.attention(i, tokens)?;
-            let sum = self.down_dense(i, tokens);
-            if sum.is_err() && self.awaits_attention(i, tokens) {
+            let done = self
+                .qkv_up(i, tokens)
+                .and_then(|()| self.attention(i, tokens))
+                .and_then(|()| self.down_dense(i, tokens));
+            if done.is_err() && self.awaits_attention(i, tokens) {
                 // Whether or not that works: the first error is the one to tell.
                 let _ = self.scratch.attn.forget(stream);
             }
-            sum?;
+            done?;
             let next_norm = weights.layers.get(i + 1).map_or(&weights.final_norm, |l| &l.norm);
             let s = &mut *self.scratch;
             let sum =
@@ -130,7 +131,8 @@ impl Pass<'_> {
         }
     }
 
-    fn qkv_up(&mut self, layer: &Layer, tokens: Tokens) -> Result<()> {
+    fn qkv_up(&mut self, index: usize, tokens: Tokens) -> Result<()> {
+        let (layer, awaited) = (&self.weights.layers[index], self.awaits_attention(index, tokens));
         let (stream, kernel) = (self.stream, self.kernel(tokens));
         let (m, n) = (tokens.count(), layer.qkv_up.n);
         let (hidden, qkv_size) = (self.config.hidden_size, self.config.qkv_size());
@@ -154,6 +156,7 @@ impl Pass<'_> {
                 gelu_stride: self.config.ffn_size + hidden,
                 split_row: qkv_size,
                 bias: layer.qkv_up_bias.as_ref(),
+                announced: awaited.then_some(&s.attn),
             };
             ops::gptq_matmul(
                 stream,
@@ -192,7 +195,8 @@ impl Pass<'_> {
         matches!(tokens, Tokens::Step(_)) || tokens.count() <= GEMV_TOKENS
     }
 
-    /// Whether the layer's last product begins before its attention has ended. Kernels of somebody else's know nothing of that.
+    /// Whether the layer's attention begins before its first product has ended, and its last product before attention has. Kernels of
+    /// somebody else's know nothing of that.
     fn awaits_attention(&self, index: usize, tokens: Tokens) -> bool {
         let built_in = ["attn_decode", "gptq_batch"].into_iter().all(ops::is_built_in);
         let next = self.weights.layers[index].down_dense_source.is_none();

@@ -51,19 +51,26 @@ impl Layer {
         let mut scratch = AttnScratch::new(stream, heads, CONTEXT, m).unwrap();
         let (mut qkv, mut x) = (nan16(stream, m * qkv_size), nan16(stream, m * wide));
         let mut sums: Vec<_> = inputs.iter().map(|_| nan32(stream, self.slices * m * hidden)).collect();
+        let front = |input, qkv: &mut _, x: &mut _, scratch: &AttnScratch| {
+            let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
+            let (split_row, gelu_stride) = (qkv_size, wide);
+            let announced = awaited.then_some(scratch);
+            let output =
+                MatmulOutput::Split { out: qkv, gelu_out: x, gelu_stride, split_row, bias: None, announced };
+            ops::gptq_matmul(stream, MatmulKernel::Batch, &self.up, 0..self.up.n, a, 1, output).unwrap();
+        };
         if awaited && !calm {
-            // Attention behind which no product comes changes nothing, once it is forgotten.
+            // A product behind which no attention comes, and attention behind which no product comes, change nothing, once forgotten.
+            front(&inputs[0], &mut qkv, &mut x, &scratch);
+            scratch.forget(stream).unwrap();
+            front(&inputs[0], &mut qkv, &mut x, &scratch);
             let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
             let tokens = StepTokens::list(&words, m);
             ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
             scratch.forget(stream).unwrap();
         }
         for (input, sums) in inputs.iter().zip(&mut sums) {
-            let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
-            let (split_row, gelu_stride) = (qkv_size, wide);
-            let output =
-                MatmulOutput::Split { out: &mut qkv, gelu_out: &mut x, gelu_stride, split_row, bias: None };
-            ops::gptq_matmul(stream, MatmulKernel::Batch, &self.up, 0..self.up.n, a, 1, output).unwrap();
+            front(input, &mut qkv, &mut x, &scratch);
             let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
             let tokens = StepTokens::list(&words, m);
             if calm {

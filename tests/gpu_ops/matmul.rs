@@ -243,6 +243,7 @@ fn gptq_matmul_splits_rows() {
                         gelu_stride: stride,
                         split_row: qkv,
                         bias: Some(&bias_gpu),
+                        announced: None,
                     };
                     let a = Activations { x: &x_gpu, stride: hidden, tokens: m, attention: None };
                     ops::gptq_matmul(&stream, kernel, &w, rows, a, 1, output).unwrap();

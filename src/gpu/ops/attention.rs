@@ -10,7 +10,7 @@ use crate::layout::{HEAD_DIM, UNIT_ROWS};
 
 /// Keys one warp of `attn_decode` takes.
 const ATTN_CHUNK: usize = ffi::PEREGRINE_ATTN_CHUNK as usize;
-/// Words behind the arrivals by which a product awaits `attn_decode`.
+/// Words behind the arrivals by which `attn_decode` awaits the product in front of it, and the one behind it `attn_decode`.
 const READY_WORDS: usize = ffi::PEREGRINE_READY_WORDS as usize;
 /// Floats of what a warp of `attn_decode` leaves for the one that merges: 16 rows of 64 values, and sum and maximum in every lane.
 const ATTN_STATE_FLOATS: usize = 9 * 32 * 4;
@@ -101,13 +101,14 @@ impl AttnScratch {
         self.arrivals.require(op, groups + READY_WORDS)
     }
 
-    /// After a call whose output is [`awaited`](AttnOutput::awaited), and behind which no product was launched: what it says of its progress
-    /// is forgotten. The next product would take it for its own attention's.
+    /// After a product that [announces](super::MatmulOutput::Split::announced) its first rows, or a call whose output is
+    /// [`awaited`](AttnOutput::awaited), behind which no product was launched that awaits it: what these say of their progress is
+    /// forgotten. The next ones would take it for that of their own predecessors.
     pub fn forget(&mut self, stream: &Stream) -> Result<()> {
         self.arrivals.upload(stream, 0, &vec![0; self.arrivals.len()])
     }
 
-    /// The words by which a product awaits a call of `tokens` tokens.
+    /// The words by which a product and a call of `tokens` tokens know of each other.
     pub(super) fn ready(&self, op: &str, stream: &Stream, tokens: usize) -> Result<*mut u32> {
         let groups = tokens * self.heads.div_ceil(UNIT_ROWS);
         self.arrivals.require(op, groups + READY_WORDS)?;
@@ -127,7 +128,8 @@ pub struct AttnOutput<'a> {
     pub first: usize,
     /// Values between two tokens; a multiple of 8.
     pub stride: usize,
-    /// The `gptq_batch` that is launched next awaits `attn_decode` by words of its scratch ([`Activations::attention`]).
+    /// By words of its scratch `attn_decode` awaits the first rows of the `gptq_batch` launched before
+    /// ([`announced`](super::MatmulOutput::Split::announced)), and the one that is launched next awaits it ([`Activations::attention`]).
     ///
     /// [`Activations::attention`]: super::Activations::attention
     pub awaited: bool,

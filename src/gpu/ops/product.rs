@@ -94,6 +94,9 @@ pub enum MatmulOutput<'a> {
         split_row: usize,
         /// `[n]` of the whole matrix.
         bias: Option<&'a DevBuf<f32>>,
+        /// For [`MatmulKernel::Batch`] right in front of an `attn_decode` whose output is [`awaited`](super::AttnOutput::awaited): its
+        /// scratch. It begins when the rows below `split_row` are there.
+        announced: Option<&'a AttnScratch>,
     },
 }
 
@@ -159,7 +162,7 @@ fn output_params(
             y.residual = x.ptr_mut(stream);
             y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
         }
-        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias } => {
+        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias, announced: _ } => {
             out.require(op, tokens * split_row)?;
             if rows.end > split_row {
                 gelu_out.require(op, (tokens - 1) * gelu_stride + rows.end - split_row)?;
@@ -207,6 +210,15 @@ pub fn gptq_matmul(
         });
     }
     a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
+    let announce = match &output {
+        MatmulOutput::Split { announced: Some(scratch), .. } if kernel == MatmulKernel::Batch => {
+            scratch.ready(op, stream, a.tokens)?
+        }
+        MatmulOutput::Split { announced: Some(_), .. } => {
+            return Err(Error::Cuda { op: op.into(), what: "it announces nothing to attention".into() });
+        }
+        _ => std::ptr::null_mut(),
+    };
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
     let (ready, attn_input) = match a.attention {
         Some((scratch, first)) if kernel == MatmulKernel::Batch => {
@@ -228,6 +240,7 @@ pub fn gptq_matmul(
         split_flags: split.map_or(std::ptr::null_mut(), |s| s.flags.ptr(stream).cast_mut()),
         ready,
         attn_input,
+        announce,
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
