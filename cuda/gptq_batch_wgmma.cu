@@ -42,7 +42,7 @@
 //          A layer of 16 texts at 128, by stamps that cost 5 %, us from the inputs of [qkv ; up], median of the blocks (and the last):
 //          inputs in shared memory 0.7, multiplied 13.5 (14.6; with two groups 10.9), stored 13.9 (15.0); [down | dense]: inputs 17.4, in
 //          shared memory 18.1, multiplied 31.1 (32.0), stored 31.7 (32.8); norm: inputs 34.1, read 35.1, done 36.7; the next inputs 37.8.
-//          So 25.9 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if, all barriers but no product and no
+//          So 25.8 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if, all barriers but no product and no
 //          unpacking: 11.9 for 12.8, 4.2 TB/s: memory is as long as the products are, and joins leave it idle.
 // Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
 //          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
