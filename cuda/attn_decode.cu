@@ -21,9 +21,9 @@
 //          A layer of 32 texts in a harness, behind which [down | dense] does not wait: at 128 41.8 us with two head tiles a block, 44.5 with
 //          one, since the last 28 blocks then begin, and with them the product, when the first have ended; at 200 42.5 and 45.5.
 //          Ahead of the rest of [qkv ; up], steps by turns: 16 texts at 300, 1024 1.272, 1.505 ms where 1.283, 1.573; 32 at 1024, 1900
-//          1.712, 2.026 where 1.751, 2.079 (fastest tenths); the same or 0.9 % more at 128, for all tokens or for none (see AHEAD_KEYS). Of
-//          a layer of 16 at 128, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at 18.8 to 20.4, where 16.1, and 25.0
-//          to 26.4.
+//          1.712, 2.026 where 1.751, 2.079 (fastest tenths); at 128 0.2 to 0.9 % more, whether those go ahead or wait (see AHEAD_KEYS). Of
+//          a layer of 16 at 128 that go ahead, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at 18.8 to 20.4, where
+//          16.1, and 25.0 to 26.4.
 // Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
 //          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
@@ -37,7 +37,7 @@
 //          1.98 for 1.85, and the graph knows no position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for
 //          1.88, 64 2.09 for 2.18, at 280 and 900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93 for 1.92, 2.25 for 2.24
 //          if in order; 64 2.36 for 2.20, 40 1.80 for 1.75 with a warp a tile behind blocks for long contexts.
-// Spills   12 bytes with two head tiles.
+// Spills   12 bytes with two head tiles; 12 and 20 on sm_80.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 #include "ready.cuh"

@@ -9,7 +9,7 @@
 //          is taken off the sums. No finer than 2^-24, where the row's largest scale has 2^-11 to 2^-9 or, in rows of tiny ones, less. A
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
 // Columns  8, 16, 24, 32, 40, 48, 64 or 72 tokens.
-// Overlap  a block takes 38,000 to 47,000 of an SM's registers and 200 to 214 of its 227 KB, so that norm and attention lie beside it and
+// Overlap  a block takes 39,000 to 43,000 of an SM's registers and 200 to 218 of its 227 KB, so that norm and attention lie beside it and
 //          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
 //          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
 //          the inputs are there it is one, of which there are EARLY or EARLY_SLICED.
@@ -39,16 +39,17 @@
 //              a second of steps behind each other                     39.7            49.4            66.8
 //          The inputs come some 2 us after the predecessor's last store: what the wait for a whole grid takes. Sums are stored in 0.4 (f16)
 //          or 0.6 us, at 64 tokens 1.3 or 2.7. The clock is 1.75 GHz meanwhile, 1.6 at 64 tokens, 1.98 where nothing runs.
-//          A layer of 16 texts at 128, by stamps that cost 5 %, us from the inputs of [qkv ; up], median of the blocks (and the last):
-//          inputs in shared memory 0.7, multiplied 13.5 (14.6; with two groups 10.9), stored 13.9 (15.0); [down | dense]: inputs 17.4, in
-//          shared memory 18.1, multiplied 31.1 (32.0), stored 31.7 (32.8); norm: inputs 34.1, read 35.1, done 36.7; the next inputs 37.8.
-//          So 25.8 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if, all barriers but no product and no
-//          unpacking: 11.9 for 12.8, 4.2 TB/s: memory is as long as the products are, and joins leave it idle.
+//          A layer of 16 texts at 128, before `qkv` went to blocks of two groups, by stamps that cost 5 %, us from the inputs of [qkv ;
+//          up], median of the blocks (and the last): inputs in shared memory 0.7, multiplied 13.5 (14.6; with two groups 10.9), stored 13.9
+//          (15.0); [down | dense]: inputs 17.4, in shared memory 18.1, multiplied 31.1 (32.0), stored 31.7 (32.8); norm: inputs 34.1, read
+//          35.1, done 36.7; the next inputs 37.8. So 25.8 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if
+//          with one stage before the inputs, all barriers but no product and no unpacking: [qkv ; up] 11.9 for 13.8, 4.2 TB/s: memory is
+//          nearly as long as the products are, and joins leave it idle.
 // Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
 //          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
 //          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
-//          instructions, of which 36 unpack; here it is 64. By mma.sync, with one to six row tiles that share B, 106 to 94 and 162 to 142
-//          (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102.
+//          instructions, of which 36 unpack; here it is 60 (64 at first). By mma.sync, with one to six row tiles that share B, 106 to 94
+//          and 162 to 142 (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102.
 //          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
 //          1.361, 1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of
 //          these 1.168, 1.289, 1.586. That group in 9 of 12 stages, as if evenly spread: 1.25, 1.40, 1.92 for 1.30, 1.46, 1.99.
@@ -109,7 +110,7 @@
 //          59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5,
 //          planes in sums of their own 36.7, 47.2 and 38.5, 48.3: not power, but instructions are the limit then; and inputs would have to
 //          be bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
-// Spills   4 bytes, 72 tokens with two scales a unit and zero points.
+// Spills   4 to 36 bytes: 72 tokens with two scales a unit, zero points or both.
 #include "batch_share.cuh"
 #include "bulk.cuh"
 #include "chain.cuh"
@@ -292,7 +293,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
     const Span<Shape> s(g.slices, g.deal);
-    // The warp that fetches weights makes the barriers, and does not wait for anybody.
+    // The warp that fetches weights makes the barriers, and does not wait for anybody: it arrives at barrier 1, where the others wait.
     if (threadIdx.x == WARPS * 32) {
         for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
         for (int i = 0; i < Shape::X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());

@@ -13,7 +13,7 @@
 // block of what is behind it.
 // The words are zero when [qkv ; up] counts in them: its inputs were there, so all before it was complete, the layer before among it. And it
 // calls overlap_next() after it has waited for these: attention, and all behind it, begins after that too.
-// A block of either calls wait_previous() before it ends, see launch.cuh: then what it waits for has long ended.
+// A block of either that has work calls wait_previous() before it ends, see launch.cuh: then what it waits for has long ended.
 #pragma once
 #include "launch.cuh"
 
