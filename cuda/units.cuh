@@ -111,10 +111,12 @@ __device__ __forceinline__ __half2 subnormal_offset(__half2 scale, __half2 zero)
     return __hmul2(ZEROS ? zero : scale, as_half2(ZEROS ? 0x80108001u : 0x80808008u));  // -(2^-24, 2^-20), 8 times that
 }
 
-// What sums of unpack_scaled's weights are multiplied by, rows g and g + 8; `factor` is what their scales were multiplied by twice.
+// What sums of unpack_scaled's weights are multiplied by, rows g and g + 8; `factor` is what their scales were multiplied by twice: powers
+// of two, whose inverse is a matter of the exponent (of 0, in the place of a row that is not there, some large number).
 __device__ __forceinline__ float2 undo_factor(__half2 factor) {
     const float2 f = __half22float2(factor);
-    return make_float2(CODE_LOW_SCALE / (f.x * f.x), CODE_HIGH_SCALE / (f.y * f.y));
+    const auto inverse = [](float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); };
+    return make_float2(CODE_LOW_SCALE * inverse(f.x * f.x), CODE_HIGH_SCALE * inverse(f.y * f.y));
 }
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
