@@ -3,13 +3,22 @@
 // Mapping  one block of 512 threads a token; to 64 tokens on sm_90 a cluster of four blocks, one float4 a thread. The row stays in
 //          registers. The residual and all its slices are asked for together; a cluster asks for weight and bias before the predecessor
 //          has finished.
-// Numbers  each warp gives the mean of its values and the sum of squares about it, exact in two passes over registers; these are joined
-//          in a fixed order (count * (mean - joint mean)^2 more), as are slices: same bits every run. Biased variance, as PyTorch's.
+// Numbers  each warp gives the mean of its values and the sum of squares about it, in two passes over registers; these are joined in a
+//          fixed order, about the first warp's mean (count * (mean - that)^2 more), as are slices: same bits every run. Biased variance,
+//          as PyTorch's.
+// Exchange each warp sends its moments to the four blocks of its row by st.async, which an mbarrier of each counts: no barrier of the
+//          cluster stands between the sums and the outputs.
 // Measured launches in a row, 5 slices, H200: 2.8, 3.4, 3.8 us at 16, 32, 64 tokens (one block a token: 3.6, 3.6, 3.9). Between two
 //          products under load the stores of one and the loads of the next are 4 us apart, where one block a token took 7. Before the
 //          cluster: 27 us at 512 tokens, 20 us at 2048 without slices.
-// Tried    one kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
+//          Steps of 16 texts by turns: 1.245 ms where the moments were joined in two passes and by a barrier of the cluster, 1.239 in one
+//          pass, 1.230 by st.async as well.
+// Tried    sums of a warp in one pass, about one lane's mean: the same. Eight blocks a row: 1.202 for 1.205, 32 texts 1.370 for 1.351. That
+//          a block waits for the slices' own values, not for the grid: 1.287 for 1.265. With 40 registers, so that a block fits beside one
+//          of gptq_batch at once: 1.290 for 1.265; with so much shared memory that it never does: 1.300.
+//          One kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
 // Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.
+#include "bulk.cuh"
 #include "launch.cuh"
 #include "units.cuh"
 
@@ -37,57 +46,77 @@ __device__ __forceinline__ float squares(float4 v, float mean) {
 }
 
 // Of some values: how many, their mean, and the sum of the squares of their differences from it.
-struct Moments {
-    float count, mean, squares;
+struct alignas(16) Moments {
+    float count, mean, squares, none;
 };
 
-// The row's blocks.
+// The row's blocks, and the exchange of their warps' moments.
 template <int BLOCKS>
 struct Row {
     __device__ __forceinline__ static uint32_t rank() { return BLOCKS > 1 ? blockIdx.x % BLOCKS : 0; }
-    __device__ __forceinline__ static void begin() {
+    // By all threads at the top. `all` waits for all warps' moments.
+    __device__ __forceinline__ static void begin(uint64_t& all) {
 #if __CUDA_ARCH__ >= 900
-        if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-    }
-    __device__ __forceinline__ static void arrive() {
-#if __CUDA_ARCH__ >= 900
-        if (BLOCKS > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-    }
-    __device__ __forceinline__ static void wait() {
-#if __CUDA_ARCH__ >= 900
-        if (BLOCKS > 1) {
-            asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-            return;
+        if (BLOCKS == 1) return;
+        if (threadIdx.x == 0) {
+            barrier_init(&all, 1);
+            barrier_init_done();
+            barrier_expect(&all, BLOCKS * (blockDim.x / 32) * sizeof(Moments));
         }
+        __syncwarp();
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
-        __syncthreads();
+    }
+    // By all threads, in front of `give`: the others' barriers are there.
+    __device__ __forceinline__ static void others_have_begun() {
+#if __CUDA_ARCH__ >= 900
+        if (BLOCKS > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
     }
     // Lane r's to block r.
-    __device__ __forceinline__ static void give(Moments* to, const Moments& m) {
+    __device__ __forceinline__ static void give(Moments* to, const Moments& m, uint64_t& all) {
         const uint32_t lane = threadIdx.x % 32;
         if (lane >= BLOCKS) return;
 #if __CUDA_ARCH__ >= 900
         if (BLOCKS > 1) {
-            uint32_t at;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(smem_address(to)), "r"(lane));
-            asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(m.count) : "memory");
-            asm volatile("st.shared::cluster.f32 [%0 + 4], %1;" ::"r"(at), "f"(m.mean) : "memory");
-            asm volatile("st.shared::cluster.f32 [%0 + 8], %1;" ::"r"(at), "f"(m.squares) : "memory");
+            const auto there = [&](const void* shared) {
+                uint32_t at;
+                asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(smem_address(shared)), "r"(lane));
+                return at;
+            };
+            asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+                         ::"r"(there(to)), "f"(m.count), "f"(m.mean), "f"(m.squares), "f"(m.none), "r"(there(&all)) : "memory");
             return;
         }
 #endif
         *to = m;
+    }
+    // All warps' moments are here.
+    __device__ __forceinline__ static void wait(uint64_t& all) {
+#if __CUDA_ARCH__ >= 900
+        if (BLOCKS > 1) {
+            asm volatile(
+                "{\n"
+                ".reg .pred done;\n"
+                "again:\n"
+                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+                "@!done bra again;\n"
+                "}"
+                ::"r"(smem_address(&all)) : "memory");
+            return;
+        }
+#endif
+        __syncthreads();
     }
 };
 
 template <bool PARTIALS, int BLOCKS, int VECTORS>
 __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constant__ LayernormParams p) {
     overlap_next();
-    Row<BLOCKS>::begin();
     constexpr int MOST = BLOCKS * THREADS / 32;
     __shared__ Moments shared[MOST];
+    __shared__ uint64_t all;
+    Row<BLOCKS>::begin(all);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const uint32_t vectors = p.hidden / 4, own = (vectors + BLOCKS - 1) / BLOCKS, first = Row<BLOCKS>::rank() * own;
     const uint32_t end = min(first + own, vectors);
@@ -122,24 +151,24 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
         }
         total += sum(v[i]), mine += 4.f;
     }
-    Moments m = {warp_sum(mine), 0.f, 0.f};
+    Moments m = {warp_sum(mine), 0.f, 0.f, 0.f};
     m.mean = warp_sum(total) / fmaxf(m.count, 1.f);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++)
         if (first + i * blockDim.x + threadIdx.x < end) m.squares += squares(v[i], m.mean);
     m.squares = warp_sum(m.squares);
-    if (BLOCKS > 1) Row<BLOCKS>::wait();  // the others have begun
-    Row<BLOCKS>::give(&shared[Row<BLOCKS>::rank() * warps + warp], m);
-    Row<BLOCKS>::arrive();
-    Row<BLOCKS>::wait();
+    Row<BLOCKS>::others_have_begun();
+    Row<BLOCKS>::give(&shared[Row<BLOCKS>::rank() * warps + warp], m, all);
+    Row<BLOCKS>::wait(all);
+    // In one pass, about the mean of one of the warps: it is one of these, so what cancels is little.
+    const float about = shared[0].mean;
     float weighed = 0.f, spread = 0.f;
-    for (uint32_t w = lane; w < BLOCKS * warps; w += 32) weighed += shared[w].count * shared[w].mean;
-    const float mean = warp_sum(weighed) / p.hidden;
     for (uint32_t w = lane; w < BLOCKS * warps; w += 32) {
-        const float off = shared[w].mean - mean;
-        spread += shared[w].squares + shared[w].count * off * off;
+        const float off = shared[w].mean - about;
+        weighed += shared[w].count * off, spread += shared[w].squares + shared[w].count * off * off;
     }
-    const float rstd = 1.f / sqrtf(warp_sum(spread) / p.hidden + p.epsilon);
+    const float shift = warp_sum(weighed) / p.hidden, mean = about + shift;
+    const float rstd = 1.f / sqrtf(fmaxf(warp_sum(spread) / p.hidden - shift * shift, 0.f) + p.epsilon);
 #pragma unroll
     for (int i = 0; i < VECTORS; i++) {
         const uint32_t e = first + i * blockDim.x + threadIdx.x;
