@@ -173,6 +173,7 @@ mod cuda {
                     split_row: qkv,
                     bias: None,
                     announced: None,
+                    next: None,
                 };
                 ops::gptq_matmul(s, kernel, up, 0..up.n, x(&normed, HIDDEN), 1, split)?;
                 let (slices, output) = if kernel == MatmulKernel::Gemm {

@@ -2,6 +2,7 @@
 //
 // A block keeps to one K slice, which it walks in stages of some units, and to a few groups of four row tiles, one group a warpgroup.
 #pragma once
+#include "bulk.cuh"
 #include "units.cuh"
 
 constexpr uint32_t GROUP_TILES = 4;  // row tiles of a group, one a warp
@@ -12,13 +13,15 @@ constexpr uint32_t GROUP_TILES = 4;  // row tiles of a group, one a warp
 struct Slices {
     uint32_t count, units, last_units, early = 0, attn_unit, last_late = 0;
 
-    Slices(const GptqMatmulParams& p, uint32_t stage_units) : count(p.slices), attn_unit(p.attn_input / UNIT_INPUTS) {
-        const uint32_t k_units = p.w.k / UNIT_INPUTS;
+    // Without attention's words attn_input is not used.
+    Slices(const GptqMatrix& w, uint32_t slices, bool awaits, uint32_t attn_input, uint32_t stage_units)
+        : count(slices), attn_unit(attn_input / UNIT_INPUTS) {
+        const uint32_t k_units = w.k / UNIT_INPUTS;
         units = (k_units + count - 1) / count;
         const uint32_t others = count - 1, whole = attn_unit / count / stage_units * stage_units;
         last_units = k_units - others * units;
         const uint32_t last_early = attn_unit - others * whole;
-        if (!p.ready || !others || whole > units || last_early > last_units) return;
+        if (!awaits || !others || whole > units || last_early > last_units) return;
         early = whole, last_late = last_units - last_early;
     }
 };
@@ -31,11 +34,11 @@ struct Deal {
     uint64_t reciprocal;  // 1 / slices in steps of 2^-32, rounded up
 
     // `most` groups a block.
-    Deal(const GptqMatmulParams& p, uint32_t most, uint32_t multiprocessors) {
-        const uint32_t groups = (p.w.n + GROUP_TILES * UNIT_ROWS - 1) / (GROUP_TILES * UNIT_ROWS);
-        parts = max(min(multiprocessors / p.slices, groups), (groups + most - 1) / most);
+    Deal(const GptqMatrix& w, uint32_t slices, uint32_t most, uint32_t multiprocessors) {
+        const uint32_t groups = (w.n + GROUP_TILES * UNIT_ROWS - 1) / (GROUP_TILES * UNIT_ROWS);
+        parts = max(min(multiprocessors / slices, groups), (groups + most - 1) / most);
         each = groups / parts, more = groups % parts, behind = (parts - more) * each;
-        reciprocal = ((1ull << 32) + p.slices - 1) / p.slices;
+        reciprocal = ((1ull << 32) + slices - 1) / slices;
     }
 };
 
@@ -66,4 +69,31 @@ struct Share {
         return stage < jump ? first + stage * STAGE_UNITS : second + (stage - jump) * STAGE_UNITS;
     }
     __device__ __forceinline__ uint32_t warps() const { return groups * GROUP_TILES; }
+};
+
+// The product behind this one, with as many tokens. Its blocks begin when this one's end, and one's first weights take 1.3 us from memory:
+// with those of its first stages in L2 they are there when its inputs are.
+struct Next {
+    const uint8_t* units;  // NULL: none
+    uint32_t n, k_units, unit_bytes, blocks;
+    Slices slices;
+    Deal deal;
+
+    Next(const GptqNext& next, uint32_t most, uint32_t multiprocessors, uint32_t stage_units)
+        : units(next.w.units), n(next.w.n), k_units(next.w.k / UNIT_INPUTS),
+          unit_bytes(UNIT_CODE_BYTES + UNIT_SCALE_BYTES * next.w.scales_per_row * (1 + next.w.has_zeros)),
+          slices(next.w, next.slices, next.attn_input, next.attn_input, stage_units), deal(next.w, next.slices, most, multiprocessors) {
+        blocks = deal.parts * slices.count;
+    }
+    // By a whole warp: the first `stages` stages of the block that will be blockIdx.x of it, wherever that runs.
+    template <uint32_t STAGE_UNITS>
+    __device__ __forceinline__ void bring(uint32_t stages) const {
+        if (blockIdx.x >= blocks) return;
+        const Share<STAGE_UNITS> s(slices, deal);
+        const uint32_t tile = s.group * GROUP_TILES + threadIdx.x % 32;
+        if (tile >= min(s.group * GROUP_TILES + s.warps(), n / UNIT_ROWS)) return;
+        for (uint32_t j = 0; j < min(stages, s.stages()); j++)
+            prefetch_bulk(units + ((size_t)tile * k_units + s.unit(j)) * unit_bytes,
+                          min(STAGE_UNITS, s.count - j * STAGE_UNITS) * unit_bytes);
+    }
 };

@@ -12,9 +12,11 @@
 // Overlap  a block takes 39,000 to 43,000 of an SM's registers and 200 to 218 of its 227 KB, so that norm and attention lie beside it and
 //          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
 //          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
-//          the inputs are there it is one, of which there are EARLY or EARLY_SLICED.
-// In front of attention, row tiles of `qkv` are counted as they are stored, so that attention of long contexts need not wait for the others
-//          (ready.cuh); blocks that have one group less, and end sooner, have them.
+//          the inputs are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first
+//          stages of the next product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its
+//          first weights from memory, and its inputs are there 2 us after it began.
+// In front of attention, row tiles of `qkv` are counted as they are stored, so that attention need not wait for the others (ready.cuh);
+//          blocks that have one group less, and end sooner, have them.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
 //          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
 //          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
@@ -28,23 +30,23 @@
 //          all and without 24 and 40 columns, in brackets; 48 and 64 with six units and two stages of activations, 72 with four and three:
 //              tokens       1             8             16            24            32            40            48            64
 //              pair, us     31.9 (33.5)   32.4 (33.9)   34.1 (36.6)   35.8 (39.6)   38.6 (40.4)   42.0 (45.6)   44.5 (46.0)   50.8 (52.8)
-//          72 tokens: 56.3 with stages of four. Compare only within a run: they differ by 2 to 3 %.
-//          A layer with norm and attention in a harness, texts at position 128, us, by turns; the last line sustained:
-//              tokens                                          8       16      24      32      48      64
-//              stages of four, a fifth slice for `dense`       35.6    38.8    41.9    43.6    51.7    58.8
-//              stages of six                                   36.0    38.1    42.8    44.1    50.3    56.9
-//              and slices as described under Behind            35.2    37.1    43.8    44.9
-//              and room for attention                                  37.2    40.8    44.8    50.6    57.1
-//              without attention                               34.4    36.4    39.8    40.7    46.8    53.1
-//              a second of steps behind each other                     39.7            49.4            66.8
-//          The inputs come some 2 us after the predecessor's last store: what the wait for a whole grid takes. Sums are stored in 0.4 (f16)
-//          or 0.6 us, at 64 tokens 1.3 or 2.7. The clock is 1.75 GHz meanwhile, 1.6 at 64 tokens, 1.98 where nothing runs.
-//          A layer of 16 texts at 128, before `qkv` went to blocks of two groups, by stamps that cost 5 %, us from the inputs of [qkv ;
-//          up], median of the blocks (and the last): inputs in shared memory 0.7, multiplied 13.5 (14.6; with two groups 10.9), stored 13.9
-//          (15.0); [down | dense]: inputs 17.4, in shared memory 18.1, multiplied 31.1 (32.0), stored 31.7 (32.8); norm: inputs 34.1, read
-//          35.1, done 36.7; the next inputs 37.8. So 25.8 of 37.8 are products, at 304 cycles a unit of three warps, 250 of two. A what-if
-//          with one stage before the inputs, all barriers but no product and no unpacking: [qkv ; up] 11.9 for 13.8, 4.2 TB/s: memory is
-//          nearly as long as the products are, and joins leave it idle.
+//          72 tokens: 56.3 with stages of four. Compare only within a run. The clock is 1.75 GHz, 1.6 at 64 tokens, 1.98 where nothing runs.
+//          A layer of 16 texts at 128 by stamps that cost 5 %, us from the inputs of [qkv ; up], median of the blocks (and the last), before
+//          weights for L2 and what else the log says: inputs in shared memory 0.6 (1.0), multiplied 13.3 (14.3; with two groups 10.9), stored
+//          13.8 (14.8); seen by attention's announcing block 16.1; [down | dense]: begun 14.7 (15.6), inputs 17.1, in shared memory 17.9,
+//          multiplied 30.6 (31.8), stored 31.3 (32.7); norm: inputs 33.9, read 34.8, done 36.4; the next inputs 37.4. So 25.4 of 37.4 are
+//          products, at 320 cycles a unit of three warps, 250 of two, in which a warp hardly waits for weights. One block in ten of [down |
+//          dense] does, for 1.2 us: they begin last, and have fetched least when the inputs come.
+//          A what-if with one stage before the inputs, all barriers but no product and no unpacking: [qkv ; up] 11.9 for 13.8, 4.2 TB/s.
+// Clock    Fewer instructions are no less time at 16 tokens: with 58.9 a unit for 60.1 it took 1 to 2 % fewer cycles, at 1.716 GHz for 1.737,
+//          13.1 us either way; and after 31, 38 ms of steps of 32, 64 texts the power limit adds 6, 8 % from one step to the next.
+// Log      steps of 16, 32, 64 texts at 128, ms, by turns, medians, of 64 fastest tenths; the first three each alone, the others on top
+//          no division behind the products        1.266 for 1.270    1.436 for 1.436    2.005 for 2.010
+//          two stages at once in [down | dense]   1.258 for 1.270    1.506 for 1.436    2.018 for 2.010 (to 16 tokens, therefore)
+//          one, two stages of the next for L2     1.264, 1.259 for 1.270; 1.444, 1.433 for 1.436
+//          the norm in one pass, and by st.async  1.239, 1.230 for 1.245 (layernorm.cu)
+//          partial sums stored as they are        1.226 for 1.239                       1.907 for 1.951
+//          all of it, and attention ahead         1.208 for 1.269    1.384 for 1.458    1.925 for 1.999
 // Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
 //          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
 //          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
@@ -53,19 +55,15 @@
 //          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
 //          1.361, 1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of
 //          these 1.168, 1.289, 1.586. That group in 9 of 12 stages, as if evenly spread: 1.25, 1.40, 1.92 for 1.30, 1.46, 1.99.
-// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16, where it took
-//          1.318: weights asked for before the inputs are there, two stages under way 1.356 ([qkv ; up]), 1.364 ([down | dense]); one after
-//          the other, but no more than none, one, two of them 1.325, 1.303, 1.339 and 1.349, 1.325, 1.316. Since whole groups go to blocks,
-//          and barriers are made by the warp that fetches, one and two take 1.284, two and two 1.278, two and three (EARLY, EARLY_SLICED)
-//          1.257, three and three 1.289; with 32 texts one and two 1.407, two and three 1.400, with 64 1.993 and 1.975 (fastest tenths).
+// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16,
+//          weights asked for before the inputs are there, one stage after the other: one in [qkv ; up] and two in [down | dense] 1.284, two
+//          and two 1.278, two and three (EARLY, EARLY_SLICED) 1.257, three and three 1.289; with 32 texts one and two 1.407, two and three
+//          1.400, with 64 1.993 and 1.975 (fastest tenths).
 //          Four divisions a thread where a block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart:
 //          1.42 to 1.45. Groups of row tiles that are left over, cut into equal parts for all blocks, whose sums come into the owner's
 //          ring: 1.36, with 32 texts 1.52 for 1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at
 //          once, it seems), 0.04 for the sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32,
-//          1.49, where 1.30, 1.49. Three groups a block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50; of 32 it
-//          hung (C7512 there; not looked into). Blocks of 10 or 11 row tiles, weights before the inputs one stage after the other without
-//          end, descriptors added to in 32 bits (three uniform instructions), barriers made by the first thread for all: 1.32 for 1.28, 32
-//          texts 1.49 to 1.61 for 1.43 to 1.54; sustained, but for the last, 1.43 for 1.37, 1.77 for 1.73.
+//          1.49, where 1.30, 1.49. Three groups a block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50 (C7512).
 //          How weights lie in memory, 16, 32, 64 texts, fastest tenths of steps, two and three stages before the inputs. Where row tiles, a
 //          copy of 3.3 KB each, took 1.254, 1.422, 2.001: a group's tiles side by side, a copy of 13 KB, 1.242, 1.405, 1.983; a box of a
 //          tensor map for a group, rows of a unit, 1.321, 1.462, 2.007, of three units 1.289, 1.444, 2.008. Where row tiles, but one and
@@ -76,6 +74,12 @@
 //          two groups first, so that they have the rows of `qkv`: 1.287 for 1.256, 64 texts 2.013 for 1.977 (fastest tenths): those with
 //          three then begin last. [down | dense] by the count of all row tiles of [qkv ; up], instead of the word that says that this has
 //          ended: 1.274 for 1.255. That word stored without release: the same.
+//          Since then, of 16 (and 32): not unrolled, a loop of 6 KB for 17, 1.296 for 1.264 (1.529 for 1.452); two stages of activations
+//          1.335 for 1.275; a stage more in flight from the fifth on 1.306 for 1.273; four before the inputs of [down | dense] 1.258 for
+//          1.239; three, four stages for L2 1.250, 1.259 for 1.245, those of [qkv ; up] too 1.247; the first activations asked for before
+//          overlap_next() 1.232 for 1.216 (1.386 for 1.398); blocks of [qkv ; up] counted at their ends 1.289 for 1.266; the norm polling for
+//          the sums themselves 1.287 for 1.265; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351, 1.382).
+//          What was tried at 16 tokens before, and had 80 registers or fewer, may have lost for that alone (attn_decode.cu, Measured).
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
 //          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
@@ -95,21 +99,16 @@
 //          registers, else likewise (C7512). All layers in one launch, rings never empty, norm and attention by four more warps, and words
 //          for joins (its logits up to 0.043 off, not looked into): steps of 16, 32, 64 texts in 1.61, 1.75, 3.06 ms for 1.32, 1.62, 2.33.
 //          Without waits for norms 1.35, 1.63, 2.81, without any 1.21, 1.55, 2.65, and without norms and attention 1.16, 1.35, 1.99:
-//          products alone take 32 us a layer of 16, launches that overlap 37.
-//          A layer, stages of six: warps without a row tile that neither load nor unpack: 41.2, 45.2 at 16, 32 where 38.7, 43.8, for the
-//          branch; multiplying zeros instead of another tile: 64 texts sustained 66.9 to 69.8 where it was 68.2 to 72.4. 48 and 64 texts
-//          that do not wait for attention: 51.3, 57.8 where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the
-//          next product's rings fill early: pairs of 42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
-//          The next product's first four stages brought into L2 as the ring drains: a layer in bursts 36.7, 42.5, 57.7 at 16, 32, 64 where
-//          it was 37.6, 42.8, 57.9; sustained, in steps, 1.391, 1.673, 2.299 ms where it was 1.398, 1.668, 2.312. (Of a stage that is not
-//          whole nobody says that it is free: to wait for it hangs.) From 16 tokens on the GPU runs against its 700 W, and so it does
-//          with one: what saves time and no energy saves little. A layer takes 19 mJ with 1 token, 28, 35, 48 with 16, 32, 64.
-//          What it takes: a multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights are small integers), 0.6 of bytes; a bit
-//          read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a step of 64 texts takes 2.34 ms sustained
-//          for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in bursts and busy, where it took 37.3, 43.5,
-//          59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5,
-//          planes in sums of their own 36.7, 47.2 and 38.5, 48.3: not power, but instructions are the limit then; and inputs would have to
-//          be bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
+//          products alone take 32 us a layer of 16, launches that overlap 37. 48 and 64 texts that do not wait for attention: layers of 51.3,
+//          57.8 us where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the next product's rings fill early:
+//          pairs of 42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
+//          From 16 tokens on the GPU runs against its 700 W, and so it does with one: what saves time and no energy saves little then. A
+//          layer takes 19 mJ with 1 token, 28, 35, 48 with 16, 32, 64. A multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights
+//          are small integers), 0.6 of bytes; a bit read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a
+//          step of 64 texts takes 2.34 ms sustained for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in
+//          bursts and busy, where it took 37.3, 43.5, 59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in
+//          f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5, planes in sums of their own 36.7, 47.2 and 38.5, 48.3; inputs would have to be
+//          bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
 // Spills   4 to 36 bytes: 72 tokens with two scales a unit, zero points or both.
 #include "batch_share.cuh"
 #include "bulk.cuh"
@@ -127,6 +126,8 @@ constexpr int AHEAD = 2;                   // units a warp loads ahead of the on
 constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
 // Stages asked for, one after the other, before the inputs are there: norm or attention are at work then, and wait longer for more.
 constexpr uint32_t EARLY = 2, EARLY_SLICED = 3;
+constexpr uint32_t NEXT_STAGES = 2;  // of the next product, into L2
+constexpr int EARLY_TOGETHER_TOKENS = 16;
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
 
@@ -160,6 +161,7 @@ struct BatchParams {
     GptqMatmulParams p;
     Slices slices;
     Deal deal;
+    Next next;
 };
 
 #if PEREGRINE_WGMMA
@@ -174,17 +176,20 @@ using Span = Share<Shape::UNITS>;
 
 template <class Shape>
 __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = s.stages(), early = p.y.partials ? EARLY_SLICED : EARLY;
+    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
+    const bool sliced = p.y.partials;
+    const uint32_t early = sliced ? EARLY_SLICED : EARLY;
     const uint32_t tile = s.group * GROUP_TILES + lane, tiles = min(s.warps(), p.w.n / UNIT_ROWS - s.group * GROUP_TILES);
     const uint8_t* row_tile = p.w.units + (size_t)tile * (p.w.k / UNIT_INPUTS) * Shape::Units::BYTES;
     // Shared addresses, once: each conversion would ask which block of its cluster this is.
     const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
     Place<Shape::W_STAGES> place, arrived;
     int waiting = 0;  // stages under way
+    const int at_once = sliced && Shape::TOKENS <= EARLY_TOGETHER_TOKENS ? 2 : 1;  // before the inputs are there
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
         if (j == early) barrier_wait(&b.inputs, 0);
-        if (waiting == (j < early ? 1 : Shape::IN_FLIGHT)) {
+        if (waiting == (j < early ? at_once : Shape::IN_FLIGHT)) {
             barrier_wait(full + arrived.slot * 8, arrived.parity);
             arrived.advance();
             waiting--;
@@ -197,6 +202,14 @@ __device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const S
         if (lane < tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
         place.advance();
     }
+}
+
+// Behind the last copy's arrival: before, it would be in the way of this product's own.
+template <class Shape>
+__device__ __forceinline__ void bring_next(const Next& next, const Span<Shape>& s, Barriers<Shape>& b) {
+    const uint32_t last = s.stages() - 1;
+    barrier_wait(&b.w_full[last % Shape::W_STAGES], last / Shape::W_STAGES % 2);
+    next.bring<Shape::UNITS>(NEXT_STAGES);
 }
 
 template <class Shape>
@@ -308,6 +321,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     }
     if (warp == WARPS) {
         fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
+        if (g.next.units) bring_next<Shape>(g.next, s, b);
     } else if (warp > WARPS) {
         if (threadIdx.x % 32 == 0) {
             prefetch_map(g.x);
@@ -347,7 +361,12 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
                               {UNIT_INPUTS, Shape::TOKENS, Shape::UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
-    BatchParams g = {{}, *p, Slices(*p, Shape::UNITS), Deal(*p, WARPS / GROUP_TILES, multiprocessors)};
+    constexpr uint32_t MOST = WARPS / GROUP_TILES;
+    const bool brings = p->next.w.units;
+    if (brings && p->next.slices == 0) return PEREGRINE_BAD_SHAPE;
+    BatchParams g = {{}, *p, Slices(p->w, p->slices, p->ready, p->attn_input, Shape::UNITS), Deal(p->w, p->slices, MOST, multiprocessors),
+                     Next(brings ? p->next : GptqNext{p->w, p->slices, 0}, MOST, multiprocessors, Shape::UNITS)};
+    if (!brings) g.next.units = nullptr;
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
     return launch(gptq_batch_wgmma_kernel<Shape>, dim3(g.deal.parts * p->slices), THREADS, Shape::ASKED_BYTES, l, g);

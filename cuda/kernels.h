@@ -85,6 +85,13 @@ typedef struct GptqOutput {
     uint32_t split_row;  // a multiple of 16
 } GptqOutput;
 
+// A product that comes later in the stream: which of its weights are read first depends on what it is given.
+typedef struct GptqNext {
+    GptqMatrix w;         // units NULL: none
+    uint32_t slices;
+    uint32_t attn_input;  // what its GptqMatmulParams have; 0 without `ready`
+} GptqNext;
+
 // gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
     GptqMatrix w;
@@ -101,6 +108,7 @@ typedef struct GptqMatmulParams {
     uint32_t* ready;
     uint32_t attn_input;
     uint32_t* announce;  // NULL, or the words of the attn_decode behind it, which may wait for the rows below split_row alone
+    GptqNext next;       // a gptq_batch of as many tokens, whose first weights it brings into L2 before it ends
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS

@@ -14,7 +14,7 @@ use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::gpu::ops::{
     self, Activations, AttnOutput, DecodeLayer, DecodeModel, DecodeScratch, GEMV_TOKENS, MatmulKernel,
-    MatmulOutput, PendingSum, StepTokens,
+    MatmulOutput, NextProduct, PendingSum, StepTokens,
 };
 use crate::gpu::{DevBuf, Stream};
 use crate::kv_cache::KvCache;
@@ -137,6 +137,11 @@ impl Pass<'_> {
         let (m, n) = (tokens.count(), layer.qkv_up.n);
         let (hidden, qkv_size) = (self.config.hidden_size, self.config.qkv_size());
         let s = &mut *self.scratch;
+        let next = NextProduct {
+            w: &layer.down_dense,
+            slices: s.slices,
+            attention: awaited.then_some(self.config.ffn_size),
+        };
         let parts = if layer.one_source {
             vec![(0..n, &layer.qkv_source)]
         } else {
@@ -157,6 +162,7 @@ impl Pass<'_> {
                 split_row: qkv_size,
                 bias: layer.qkv_up_bias.as_ref(),
                 announced: awaited.then_some(&s.attn),
+                next: Some(next),
             };
             ops::gptq_matmul(
                 stream,

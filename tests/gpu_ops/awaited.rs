@@ -1,7 +1,7 @@
 //! gptq_batch behind attn_decode: it begins before attention has ended.
 
 use peregrine::gpu::ops::{
-    self, Activations, AttnOutput, AttnScratch, MatmulKernel, MatmulOutput, StepTokens,
+    self, Activations, AttnOutput, AttnScratch, MatmulKernel, MatmulOutput, NextProduct, StepTokens,
 };
 use peregrine::gpu::{DevBuf, Stream};
 use peregrine::lab::CONTEXT;
@@ -55,8 +55,17 @@ impl Layer {
             let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
             let (split_row, gelu_stride) = (qkv_size, wide);
             let announced = awaited.then_some(scratch);
-            let output =
-                MatmulOutput::Split { out: qkv, gelu_out: x, gelu_stride, split_row, bias: None, announced };
+            let next =
+                Some(NextProduct { w: &self.down, slices: self.slices, attention: awaited.then_some(ffn) });
+            let output = MatmulOutput::Split {
+                out: qkv,
+                gelu_out: x,
+                gelu_stride,
+                split_row,
+                bias: None,
+                announced,
+                next,
+            };
             ops::gptq_matmul(stream, MatmulKernel::Batch, &self.up, 0..self.up.n, a, 1, output).unwrap();
         };
         if awaited && !calm {

@@ -41,6 +41,7 @@ fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
             split_row: qkv,
             bias: Some(&bias),
             announced: None,
+            next: None,
         };
         let a = Activations { x: &x, stride: 64, tokens: m, attention: None };
         ops::gptq_matmul(&stream, kernel, &w, 0..n, a, 1, output).unwrap();

@@ -113,6 +113,9 @@ fn gptq_batch_matches_reference() {
     for format in FORMATS {
         let q = Quantised::new(&mut random, 448, 320, format);
         check_partials(&stream, MatmulKernel::Batch, &q, 22, &tokens);
+        // More stages of weights than any ring has.
+        let q = Quantised::new(&mut random, 64, 1984, format);
+        check_partials(&stream, MatmulKernel::Batch, &q, 25, &[8, 16, 24, 32, 40, 48, 64, 72]);
     }
     for (n, k) in [(16, 64), (48, 320), (304, 4672)] {
         let q = Quantised::new(&mut random, n, k, G64);
@@ -244,6 +247,7 @@ fn gptq_matmul_splits_rows() {
                         split_row: qkv,
                         bias: Some(&bias_gpu),
                         announced: None,
+                        next: None,
                     };
                     let a = Activations { x: &x_gpu, stride: hidden, tokens: m, attention: None };
                     ops::gptq_matmul(&stream, kernel, &w, rows, a, 1, output).unwrap();

@@ -30,8 +30,8 @@ pub use decode_step::{
 pub use on_sides::{OnSides, to_sides};
 pub use probe::{Exactness, SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
 pub use product::{
-    Activations, Int4Matrix, MatmulKernel, MatmulOutput, RawGptq, gptq_matmul, gptq_repack, row_factors,
-    slices,
+    Activations, Int4Matrix, MatmulKernel, MatmulOutput, NextProduct, RawGptq, gptq_matmul, gptq_repack,
+    row_factors, slices,
 };
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerShape, SamplerState, sample, start, stop};

@@ -97,7 +97,34 @@ pub enum MatmulOutput<'a> {
         /// For [`MatmulKernel::Batch`] right in front of an `attn_decode` whose output is [`awaited`](super::AttnOutput::awaited): its
         /// scratch. It begins when the rows below `split_row` are there.
         announced: Option<&'a AttnScratch>,
+        /// The product that reads all this: [`MatmulKernel::Batch`] on sm_90a brings its first weights into L2, so that it need not wait for
+        /// memory. For a product of other weights, or none, it is some traffic in vain.
+        next: Option<NextProduct<'a>>,
     },
+}
+
+/// A product by [`MatmulKernel::Batch`] that comes later in the stream, with as many tokens.
+#[derive(Clone, Copy)]
+pub struct NextProduct<'a> {
+    /// Its matrix.
+    pub w: &'a Int4Matrix,
+    /// Its K slices.
+    pub slices: usize,
+    /// The first input that attention writes, if it begins before attention has ended: see [`Activations::attention`].
+    pub attention: Option<usize>,
+}
+
+impl NextProduct<'_> {
+    fn params(&self, op: &str, stream: &Stream) -> Result<ffi::GptqNext> {
+        if self.slices == 0 {
+            return Err(Error::Cuda { op: op.into(), what: "the next product has no slices".into() });
+        }
+        Ok(ffi::GptqNext {
+            w: self.w.params(op, stream, &(0..self.w.n))?,
+            slices: u32_of(op, self.slices)?,
+            attn_input: u32_of(op, self.attention.unwrap_or(0))?,
+        })
+    }
 }
 
 /// Which kernel computes a quantised product.
@@ -162,7 +189,7 @@ fn output_params(
             y.residual = x.ptr_mut(stream);
             y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
         }
-        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias, announced: _ } => {
+        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias, announced: _, next: _ } => {
             out.require(op, tokens * split_row)?;
             if rows.end > split_row {
                 gelu_out.require(op, (tokens - 1) * gelu_stride + rows.end - split_row)?;
@@ -219,6 +246,12 @@ pub fn gptq_matmul(
         }
         _ => std::ptr::null_mut(),
     };
+    let next = match &output {
+        MatmulOutput::Split { next: Some(next), .. } if kernel == MatmulKernel::Batch => {
+            next.params(op, stream)?
+        }
+        _ => ffi::GptqNext::default(),
+    };
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
     let (ready, attn_input) = match a.attention {
         Some((scratch, first)) if kernel == MatmulKernel::Batch => {
@@ -241,6 +274,7 @@ pub fn gptq_matmul(
         ready,
         attn_input,
         announce,
+        next,
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),

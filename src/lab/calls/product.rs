@@ -279,7 +279,15 @@ impl Call for ProductCall {
             Form::Residual => MatmulOutput::Residual { x: &mut self.sums, bias },
             Form::Split => {
                 let (out, gelu_out) = (&mut self.out, &mut self.gelu_out);
-                MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias, announced: None }
+                MatmulOutput::Split {
+                    out,
+                    gelu_out,
+                    gelu_stride,
+                    split_row,
+                    bias,
+                    announced: None,
+                    next: None,
+                }
             }
         };
         let a = Activations { x: &self.x, stride: k, tokens: m, attention: None };
