@@ -8,7 +8,7 @@
 //          context leave at once.
 //          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
 // Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
-// Awaited  it says how far it is, and the product behind it begins before it has ended; and tokens of AHEAD_KEYS or more begin before the
+// Awaited  it says how far it is, and the product behind it begins before it has ended; and it begins before the
 //          product in front has ended, when the rows of `qkv` are there: ready.cuh.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, up to four rounds of scores, softmax and values, and the merge.
@@ -20,10 +20,12 @@
 //          took 5.1, 5.7, 6.8 and 11.5, 12.3, 22.3.
 //          A layer of 32 texts in a harness, behind which [down | dense] does not wait: at 128 41.8 us with two head tiles a block, 44.5 with
 //          one, since the last 28 blocks then begin, and with them the product, when the first have ended; at 200 42.5 and 45.5.
-//          Ahead of the rest of [qkv ; up], steps by turns: 16 texts at 300, 1024 1.272, 1.505 ms where 1.283, 1.573; 32 at 1024, 1900
-//          1.712, 2.026 where 1.751, 2.079 (fastest tenths); at 128 0.2 to 0.9 % more, whether those go ahead or wait (see AHEAD_KEYS). Of
-//          a layer of 16 at 128 that go ahead, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at 18.8 to 20.4, where
-//          16.1, and 25.0 to 26.4.
+//          Ahead of the rest of [qkv ; up], steps by turns: 16 texts at 300, 1024 1.272, 1.505 ms where 1.283, 1.573; 32 at 1024, 1900 1.712,
+//          2.026 where 1.751, 2.079 (fastest tenths). At 128 it cost 0.2 to 0.9 %, until [down | dense] had its first weights in L2: 1.208
+//          for 1.214, 32 texts the same. Of a layer of 16 at 128, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at
+//          18.8 to 20.4, where 16.1, and 25.0 to 26.4.
+//          Beside [qkv ; up] there is room for one block by registers, if a thread of that has more than 80: with 80 there were two on some
+//          multiprocessors, where [down | dense] could not begin until both had ended: steps of 16 texts 1.335 for 1.271.
 // Tried    before these blocks, alone: one token 3.2 us at position 0, 5.5 at 128, 8.8 at 2047. 4 warps a block that join through global
 //          memory: 0.5 us more for one token, 4 % less for 64. A merge with one chunk under way and two fences around a relaxed
 //          atomic, instead of two chunks and one acq_rel atomic: 10.4 us at 2047. No fence in attend_cached: the same within 0.1 us.
@@ -37,6 +39,10 @@
 //          1.98 for 1.85, and the graph knows no position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for
 //          1.88, 64 2.09 for 2.18, at 280 and 900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93 for 1.92, 2.25 for 2.24
 //          if in order; 64 2.36 for 2.20, 40 1.80 for 1.75 with a warp a tile behind blocks for long contexts.
+//          On a stream of its own, begun by a programmatic event of [qkv ; up], so that [down | dense] waits for that product itself and not
+//          for a word from here: steps of 16 texts 1.192, 1.198 ms for 1.205, 1.210, of 32 1.361 for 1.373, 16 at 1024 the same; not kept so
+//          far, since blocks without work would have to be waited for before their tokens change. By a plain event 1.304; overlapping the
+//          attention of the layer before 1.297. Without attention, and with that wait, 1.176, 1.348 (16, 32; wrong).
 // Spills   12 bytes with two head tiles; 12 and 20 on sm_80.
 #include "launch.cuh"
 #include "attn_decode.cuh"
@@ -68,9 +74,6 @@ constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a war
 // Of a token with fewer keys a block may have two head tiles, two warps each.
 constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
 
-// Tokens with fewer keys wait for the whole product in front, where those with more wait for the rows of `qkv` alone (ready.cuh):
-// attention of few is over soon enough, and waiting for words has its price.
-constexpr uint32_t AHEAD_KEYS = 256;
 
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
@@ -122,8 +125,7 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     const uint32_t own = (rounds + team * blocks - 1) / (team * blocks);
     const uint32_t first = (item.chunk * team + member) * own;
     if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
-    const bool ahead = ready && t.position >= AHEAD_KEYS;
-    if (ahead) {
+    if (ready) {
         if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
         __syncthreads();
     } else {
@@ -150,7 +152,7 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
     __syncwarp();
     if (threadIdx.x % 32 == 0) ready_end(ready);
-    if (ahead) wait_previous();
+    if (ready) wait_previous();
 }
 
 // Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, but not if they have two head tiles each: [down |
