@@ -5,8 +5,9 @@
 //! weights, each read once a step; prompts are not timed.
 //!
 //! A GPU that has worked for half a second may have reached its power limit, and from then on its clock depends on what it did before: the
-//! same step takes up to 10 % longer. So each number of texts begins with a GPU that has rested, as the first one does. `sustained` asks
-//! for what comes after that instead: the answers are given again and again for some seconds, and the last ones are timed.
+//! same step takes up to 10 % longer. So each number of texts begins with a GPU that has rested, as the first one does: before the
+//! prompts, and again behind them: those of 64 texts are 64 times the work of one text's, and would leave it less rested.
+//! `sustained` asks for what comes after that instead: the answers are given again and again for some seconds, and the last ones are timed.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::thread::sleep;
@@ -19,7 +20,7 @@ use peregrine::sampler::Sampling;
 const STEPS: usize = 120;
 /// Steps not timed: the first are queued ahead.
 const WARM_UP: usize = 10;
-/// Before each number of texts.
+/// Before each number of texts' prompts, and before its steps.
 const REST: Duration = Duration::from_secs(2);
 /// What `sustained` waits for.
 const SUSTAINED: Duration = Duration::from_secs(4);
@@ -80,6 +81,9 @@ fn main() {
         let mut ms: Vec<f64> = Vec::new();
         while ms.is_empty() || sustained && began.elapsed() < SUSTAINED {
             batch.begin(&prompts, &sampling).unwrap();
+            if !sustained {
+                sleep(REST);
+            }
             ms.clear();
             let mut last = Instant::now();
             for _ in 0..STEPS {
