@@ -109,7 +109,7 @@
 //          bursts and busy, where it took 37.3, 43.5, 59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in
 //          f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5, planes in sums of their own 36.7, 47.2 and 38.5, 48.3; inputs would have to be
 //          bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
-// Spills   4 to 36 bytes: 72 tokens with two scales a unit, zero points or both.
+// Spills   4 to 36 bytes: 64 and 72 tokens with two scales a unit, zero points or both.
 #include "batch_share.cuh"
 #include "bulk.cuh"
 #include "chain.cuh"
@@ -126,8 +126,8 @@ constexpr int AHEAD = 2;                   // units a warp loads ahead of the on
 constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
 // Stages asked for, one after the other, before the inputs are there: norm or attention are at work then, and wait longer for more.
 constexpr uint32_t EARLY = 2, EARLY_SLICED = 3;
-constexpr uint32_t NEXT_STAGES = 2;  // of the next product, into L2
-constexpr int EARLY_TOGETHER_TOKENS = 16;
+constexpr uint32_t NEXT_STAGES = 2;        // of the next product, into L2
+constexpr int EARLY_TOGETHER_TOKENS = 16;  // to here, [down | dense] asks for two of them at once (see Log)
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
 
