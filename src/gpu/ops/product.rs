@@ -213,6 +213,27 @@ fn output_params(
     Ok(y)
 }
 
+/// The words of attention behind a product, if it announces its rows, and the product whose weights it brings into L2.
+fn neighbours(
+    op: &str,
+    stream: &Stream,
+    kernel: MatmulKernel,
+    tokens: usize,
+    output: &MatmulOutput<'_>,
+) -> Result<(*mut u32, ffi::GptqNext)> {
+    let none = (std::ptr::null_mut(), ffi::GptqNext::default());
+    let MatmulOutput::Split { announced, next, .. } = output else { return Ok(none) };
+    if kernel != MatmulKernel::Batch {
+        return match announced {
+            Some(_) => Err(Error::Cuda { op: op.into(), what: "it announces nothing to attention".into() }),
+            None => Ok(none),
+        };
+    }
+    let announce = announced.map_or(Ok(none.0), |scratch| scratch.ready(op, stream, tokens))?;
+    let next = next.map_or(Ok(none.1), |next| next.params(op, stream))?;
+    Ok((announce, next))
+}
+
 /// `gptq_gemv` / `gptq_batch` / `gptq_gemm`: `y[m, row] = sum_k x[m, k] W[row, k]` for rows `rows` of `w` (multiples of 16).
 #[allow(unsafe_code)]
 pub fn gptq_matmul(
@@ -237,21 +258,7 @@ pub fn gptq_matmul(
         });
     }
     a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
-    let announce = match &output {
-        MatmulOutput::Split { announced: Some(scratch), .. } if kernel == MatmulKernel::Batch => {
-            scratch.ready(op, stream, a.tokens)?
-        }
-        MatmulOutput::Split { announced: Some(_), .. } => {
-            return Err(Error::Cuda { op: op.into(), what: "it announces nothing to attention".into() });
-        }
-        _ => std::ptr::null_mut(),
-    };
-    let next = match &output {
-        MatmulOutput::Split { next: Some(next), .. } if kernel == MatmulKernel::Batch => {
-            next.params(op, stream)?
-        }
-        _ => ffi::GptqNext::default(),
-    };
+    let (announce, next) = neighbours(op, stream, kernel, a.tokens, &output)?;
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
     let (ready, attn_input) = match a.attention {
         Some((scratch, first)) if kernel == MatmulKernel::Batch => {
