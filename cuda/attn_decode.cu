@@ -74,7 +74,6 @@ constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a war
 // Of a token with fewer keys a block may have two head tiles, two warps each.
 constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
 
-
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);

@@ -1,4 +1,4 @@
-// batch_share — which part of a product each block of gptq_batch's sm_90a kernel computes.
+// batch_share — which part of a product each block of gptq_batch's sm_90a kernel computes, and what of the next it brings into L2.
 //
 // A block keeps to one K slice, which it walks in stages of some units, and to a few groups of four row tiles, one group a warpgroup.
 #pragma once

@@ -46,6 +46,18 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 }
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) { barrier_wait(smem_address(barrier), parity); }
 
+// The same for what blocks of the cluster wrote here.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}"
+        ::"r"(smem_address(barrier)), "r"(parity) : "memory");
+}
+
 // Global to shared, `bytes` (a multiple of 16) reported to `barrier`; by shared address, or by pointer. The hint: read once, evict first.
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(

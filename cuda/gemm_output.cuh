@@ -110,8 +110,8 @@ __device__ __forceinline__ void store_halves(const GptqMatmulParams& p, uint32_t
     else store_halves<TOKENS, true>(p, y.gelu_out + (row - y.split_row), y.gelu_stride, bias, token0, acc, transpose);
 }
 
-// One row tile's sums as f32. To the partials from where they are, eight rows of a token a sector: by way of shared memory, as below, the
-// last block of [down | dense] was done 0.4 us later.
+// One row tile's sums as f32. To the partials from where they are, eight rows of a token a sector: by way of shared memory, as below, steps
+// of 16 texts took 1.239 ms for 1.226.
 template <int TOKENS>
 __device__ __forceinline__ void store_partials(const GptqMatmulParams& p, uint32_t slice, uint32_t row, uint32_t token0,
                                                const float (&acc)[TOKENS / 8][4]) {

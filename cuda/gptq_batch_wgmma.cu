@@ -47,7 +47,7 @@
 //          the norm in one pass, and by st.async  1.239, 1.230 for 1.245 (layernorm.cu)
 //          partial sums stored as they are        1.226 for 1.239                       1.907 for 1.951
 //          all of it, and attention ahead         1.208 for 1.269    1.384 for 1.458    1.925 for 1.999
-// Short    not at the speed of memory: instructions are what it lacks. A loop of nothing but products keeps a quarter of a multiprocessor
+// Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it (see Clock). A loop of nothing but products keeps a quarter of a multiprocessor
 //          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
 //          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
 //          instructions, of which 36 unpack; here it is 60 (64 at first). By mma.sync, with one to six row tiles that share B, 106 to 94
@@ -78,7 +78,7 @@
 //          1.335 for 1.275; a stage more in flight from the fifth on 1.306 for 1.273; four before the inputs of [down | dense] 1.258 for
 //          1.239; three, four stages for L2 1.250, 1.259 for 1.245, those of [qkv ; up] too 1.247; the first activations asked for before
 //          overlap_next() 1.232 for 1.216 (1.386 for 1.398); blocks of [qkv ; up] counted at their ends 1.289 for 1.266; the norm polling for
-//          the sums themselves 1.287 for 1.265; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351, 1.382).
+//          the sums themselves 1.287 for 1.266; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351, 1.382).
 //          What was tried at 16 tokens before, and had 80 registers or fewer, may have lost for that alone (attn_decode.cu, Measured).
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before

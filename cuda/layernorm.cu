@@ -14,7 +14,7 @@
 //          Steps of 16 texts by turns: 1.245 ms where the moments were joined in two passes and by a barrier of the cluster, 1.239 in one
 //          pass, 1.230 by st.async as well.
 // Tried    sums of a warp in one pass, about one lane's mean: the same. Eight blocks a row: 1.202 for 1.205, 32 texts 1.370 for 1.351. That
-//          a block waits for the slices' own values, not for the grid: 1.287 for 1.265. With 40 registers, so that a block fits beside one
+//          a block waits for the slices' own values, not for the grid: 1.287 for 1.266. With 40 registers, so that a block fits beside one
 //          of gptq_batch at once: 1.290 for 1.265; with so much shared memory that it never does: 1.300.
 //          One kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
 // Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.
@@ -95,14 +95,7 @@ struct Row {
     __device__ __forceinline__ static void wait(uint64_t& all) {
 #if __CUDA_ARCH__ >= 900
         if (BLOCKS > 1) {
-            asm volatile(
-                "{\n"
-                ".reg .pred done;\n"
-                "again:\n"
-                "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
-                "@!done bra again;\n"
-                "}"
-                ::"r"(smem_address(&all)) : "memory");
+            barrier_wait_cluster(&all, 0);
             return;
         }
 #endif

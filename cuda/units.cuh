@@ -112,7 +112,8 @@ __device__ __forceinline__ __half2 subnormal_offset(__half2 scale, __half2 zero)
 }
 
 // What sums of unpack_scaled's weights are multiplied by, rows g and g + 8; `factor` is what their scales were multiplied by twice: powers
-// of two, whose inverse is a matter of the exponent (of 0, in the place of a row that is not there, some large number).
+// of two, from 1/2 to 2^15 (row_factors.cu), whose inverse is a matter of the exponent. Of 0, in the place of a row that is not there, it is
+// none, and nobody uses such sums.
 __device__ __forceinline__ float2 undo_factor(__half2 factor) {
     const float2 f = __half22float2(factor);
     const auto inverse = [](float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); };
