@@ -8,8 +8,8 @@
 //          context leave at once.
 //          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
 // Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
-// Awaited  it says how far it is, and the product behind it begins before it has ended; and it begins before the
-//          product in front has ended, when the rows of `qkv` are there: ready.cuh.
+// Awaited  it begins before the product in front has ended, when the rows of `qkv` are there, and the product behind it before it has,
+//          since it says how far it is: ready.cuh.
 // Floor    K and V of a slot once: 0.5 MB at 2048 keys, from L2, well under 1 us; what it takes is latency: launch, token, keys and
 //          queries, up to four rounds of scores, softmax and values, and the merge.
 // Measured in a step of one kernel an op at position 128, while weights of the next product come in: 4.2 to 5.9 us where a warp an item
@@ -39,10 +39,12 @@
 //          1.98 for 1.85, and the graph knows no position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for
 //          1.88, 64 2.09 for 2.18, at 280 and 900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93 for 1.92, 2.25 for 2.24
 //          if in order; 64 2.36 for 2.20, 40 1.80 for 1.75 with a warp a tile behind blocks for long contexts.
-//          On a stream of its own, begun by a programmatic event of [qkv ; up], so that [down | dense] waits for that product itself and not
-//          for a word from here: steps of 16 texts 1.192, 1.198 ms for 1.205, 1.210, of 32 1.361 for 1.373, 16 at 1024 the same; not kept so
-//          far, since blocks without work would have to be waited for before their tokens change. By a plain event 1.304; overlapping the
-//          attention of the layer before 1.297. Without attention, and with that wait, 1.176, 1.348 (16, 32; wrong).
+//          [down | dense] that waits for [qkv ; up] itself and not for a word from here, ms for ms, 16 texts: by edges of the graph
+//          (src/gpu/overtake.rs) 1.194 for 1.205, and without a fence in blocks that have no work 1.188. Attention in a stream of its own,
+//          begun by a programmatic event, 1.196, if the norm is launched when attention's blocks have counted that they have begun, 1.209,
+//          if when it has ended; if at once, the next layer's [qkv ; up] waits for room in front of attention's blocks, and all hangs. By
+//          an event of their launch in a stream 1.343: capturing makes it one that wait_previous() waits for. By a plain event 1.304;
+//          overlapping the attention of the layer before 1.297. Without attention, and with that wait, 1.176, 1.348 (16, 32; wrong).
 // Spills   12 bytes with two head tiles; 12 and 20 on sm_80.
 #include "launch.cuh"
 #include "attn_decode.cuh"
@@ -74,6 +76,9 @@ constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a war
 // Of a token with fewer keys a block may have two head tiles, two warps each.
 constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
 
+// Of a block, which may have two head tiles (ready.cuh).
+constexpr uint32_t BLOCK_PARTS = 2;
+
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
@@ -91,21 +96,6 @@ __device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const A
         asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + at));
     }
 }
-// Parts of attention, each of which says when it is done (ready.cuh); for a whole warp.
-__device__ __forceinline__ uint32_t parts_of(const AttnDecodeParams& p) {
-    uint32_t blocks = 0;
-    for (uint32_t m = threadIdx.x % 32; m < p.tokens; m += 32) blocks += blocks_of(token_of(p, m).position);
-    return __reduce_add_sync(~0u, blocks) * attn_head_tiles(p.heads);
-}
-
-// By the blocks in front of those of the tokens, the first of which says when what stands before attention is complete.
-__device__ __forceinline__ void announce(const AttnDecodeParams& p, uint32_t* ready) {
-    if (blockIdx.x + blockIdx.y || threadIdx.x >= 32) return;
-    const uint32_t parts = parts_of(p);
-    wait_previous();
-    if (threadIdx.x == 0) ready_begin(ready, parts);
-}
-
 // PAIRED: short contexts, see `paired`.
 template <bool PAIRED>
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
@@ -113,13 +103,17 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
     const uint32_t warp = threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
     uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
-    if (ready && blockIdx.z == 0) return announce(p, ready);
-    const uint32_t m = blockIdx.z - (ready ? 1 : 0);
+    if (ready && blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) ready_begin(ready, BLOCK_PARTS * gridDim.x * gridDim.y * gridDim.z);
+    const uint32_t m = blockIdx.z;
     const AttnToken t = token_of(p, m);
     const bool pair = PAIRED && t.position < PAIRED_KEYS;
     const AttnItem item = {m, pair ? blockIdx.y * 2 + warp / 2 : blockIdx.y, blockIdx.x};
     const uint32_t blocks = blocks_of(t.position), team = pair ? WARPS / 2 : WARPS, member = warp % team;
-    if (item.chunk >= blocks || (pair && blockIdx.y * 2 >= tiles)) return;  // the grid is not over before those that wait
+    if (item.chunk >= blocks || (pair && blockIdx.y * 2 >= tiles)) {
+        if (ready) __syncthreads();  // all have read their token
+        if (threadIdx.x == 0) ready_idle(ready, BLOCK_PARTS);
+        return;  // the grid is not over before those that wait
+    }
     const uint32_t rounds = pair && item.head_tile >= tiles ? 0 : t.position / ATTN_ROUND + 1;
     const uint32_t own = (rounds + team * blocks - 1) / (team * blocks);
     const uint32_t first = (item.chunk * team + member) * own;
@@ -147,10 +141,10 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
             merge(state, other);
         }
     }
-    if (member > 0 || rounds == 0) return;
-    if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    if (member > 0) return;
+    if (rounds > 0 && (blocks == 1 || join_chunks(state, p, item, blocks))) store_heads(state, p, item, ToRows{p.out, p.out_stride});
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ready_end(ready);
+    if (threadIdx.x % 32 == 0) ready_end(ready, pair ? BLOCK_PARTS / 2 : BLOCK_PARTS);
     if (ready) wait_previous();
 }
 
@@ -167,6 +161,6 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens + (p->awaited ? 1 : 0));
+    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
     return launch(paired(*p) ? attn_decode_kernel<true> : attn_decode_kernel<false>, grid, WARPS * 32, 0, l, *p);
 }

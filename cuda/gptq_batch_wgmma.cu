@@ -10,18 +10,18 @@
 //          slice of a row is one chain of the tensor core, whose f32 adds truncate: relative error 4.8e-6 over 4544 inputs.
 // Columns  8, 16, 24, 32, 40, 48, 64 or 72 tokens.
 // Overlap  a block takes 39,000 to 43,000 of an SM's registers and 200 to 218 of its 227 KB, so that norm and attention lie beside it and
-//          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked
-//          for at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before
-//          the inputs are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first
-//          stages of the next product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its
-//          first weights from memory, and its inputs are there 2 us after it began.
+//          the next product's blocks begin, and fill their rings, as soon as this one's end. Of weights only IN_FLIGHT stages are asked for
+//          at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the inputs
+//          are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first stages of the next
+//          product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its first weights from
+//          memory, and its inputs are there 2 us after it began.
 // In front of attention, row tiles of `qkv` are counted as they are stored, so that attention need not wait for the others (ready.cuh);
 //          blocks that have one group less, and end sooner, have them.
-// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: each slice begins with inputs of `down`,
-//          which need [qkv ; up] alone, and ends with its share of those of `dense`, after three quarters of its stages. Attention has then
-//          long ended, if its blocks were there while [qkv ; up] was under way: beside a block of that there is room for one of 128 threads
-//          with 128 registers, where a thread here has 96: a quarter of a multiprocessor has 16384, and one has four of 14
-//          warps. There is none if the driver gives shared memory 196 KB, as it did where the block asked for 194.
+// Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: in a captured step its predecessor is
+//          [qkv ; up]. Each slice begins with inputs of `down`, which need that alone, and ends with its share of those of `dense`, after
+//          three quarters of its stages. Attention has then long ended, if its blocks were there while [qkv ; up] was under way: beside a
+//          block of that there is room for one of 128 threads with 128 registers, where a thread here has 96: a quarter of a multiprocessor
+//          has 16384, and one has four of 14 warps. There is none if the driver gives shared memory 196 KB, as it did for a block of 194.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
 //          By power (see What it takes): the stream, f16 products and an idle card alone are a step of 1.20, 1.56, 2.28 ms of 16, 32, 64
@@ -37,9 +37,8 @@
 //          multiplied 30.6 (31.8), stored 31.3 (32.7); norm: inputs 33.9, read 34.8, done 36.4; the next inputs 37.4. So 25.4 of 37.4 are
 //          products, at 320 cycles a unit of three warps, 250 of two, in which a warp hardly waits for weights. One block in ten of [down |
 //          dense] does, for 1.2 us: they begin last, and have fetched least when the inputs come.
-//          A what-if with one stage before the inputs, all barriers but no product and no unpacking: [qkv ; up] 11.9 for 13.8, 4.2 TB/s.
-// Clock    Fewer instructions are no less time at 16 tokens: with 58.9 a unit for 60.1 it took 1 to 2 % fewer cycles, at 1.716 GHz for 1.737,
-//          13.1 us either way; and after 31, 38 ms of steps of 32, 64 texts the power limit adds 6, 8 % from one step to the next.
+// Clock    Fewer instructions are no less time at 16 tokens: with 58.9 a unit for 60.1 it took 1 to 2 % fewer cycles, at 1.716 GHz for
+//          1.737, 13.1 us either way; and after 31, 38 ms of steps of 32, 64 texts the power limit adds 6, 8 % from one step to the next.
 // Log      steps of 16, 32, 64 texts at 128, ms, by turns, medians, of 64 fastest tenths; the first three each alone, the others on top
 //          no division behind the products        1.266 for 1.270    1.436 for 1.436    2.005 for 2.010
 //          two stages at once in [down | dense]   1.258 for 1.270    1.506 for 1.436    2.018 for 2.010 (to 16 tokens, therefore)
@@ -47,43 +46,44 @@
 //          the norm in one pass, and by st.async  1.239, 1.230 for 1.245 (layernorm.cu)
 //          partial sums stored as they are        1.226 for 1.239                       1.907 for 1.951
 //          all of it, and attention ahead         1.208 for 1.269    1.384 for 1.458    1.925 for 1.999
-// Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it (see Clock). A loop of nothing but products keeps a quarter of a multiprocessor
-//          13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in which nothing else issues, and
-//          what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three warps take turns, with 56
-//          instructions, of which 36 unpack; here it is 60 (64 at first). By mma.sync, with one to six row tiles that share B, 106 to 94
-//          and 162 to 142 (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102.
-//          What-ifs, steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228,
-//          1.361, 1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of
-//          these 1.168, 1.289, 1.586. That group in 9 of 12 stages, as if evenly spread: 1.25, 1.40, 1.92 for 1.30, 1.46, 1.99.
-// Tried    Steps, ms, by turns from rest (power makes those of 32 and 64 texts differ by 5 to 10 % within a run). Of 16,
-//          weights asked for before the inputs are there, one stage after the other: one in [qkv ; up] and two in [down | dense] 1.284, two
-//          and two 1.278, two and three (EARLY, EARLY_SLICED) 1.257, three and three 1.289; with 32 texts one and two 1.407, two and three
-//          1.400, with 64 1.993 and 1.975 (fastest tenths).
-//          Four divisions a thread where a block begins: 0.04 more. Barriers of weights for each group of warps, which then drift apart:
-//          1.42 to 1.45. Groups of row tiles that are left over, cut into equal parts for all blocks, whose sums come into the owner's
-//          ring: 1.36, with 32 texts 1.52 for 1.47; of that 0.03 for a second copy of the loop over units (18 KB each: too much code at
-//          once, it seems), 0.04 for the sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the sums' way 1.32,
-//          1.49, where 1.30, 1.49. Three groups a block, on as many as that takes: 1.35 for 1.29. No test a unit for more: 1.50 (C7512).
+//          [down | dense] overtakes attention     1.188 for 1.205    1.342 for 1.361 (fastest tenths)
+// Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it. A loop of nothing but products keeps a
+//          quarter of a multiprocessor 13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in
+//          which nothing else issues, and what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three
+//          warps take turns, with 56 instructions, of which 36 unpack; here 60. By mma.sync, with one to six row tiles that share B, 106 to
+//          94 and 162 to 142 (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102. What-ifs,
+//          steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228, 1.361,
+//          1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168,
+//          1.289, 1.586.
+// Tried    Steps of 16 texts, ms, by turns from rest (power makes those of 32, 64 differ by 5 to 10 % within a run). Weights asked for
+//          before the inputs are there, one stage after the other: one in [qkv ; up] and two in [down | dense] 1.284, two and two 1.278, two
+//          and three (EARLY, EARLY_SLICED) 1.257, three and three 1.289; with 32 texts one and two 1.407, two and three 1.400, with 64 1.993
+//          and 1.975 (fastest tenths). Four divisions a thread where a block begins: 0.04 more. Barriers of weights for each group of warps,
+//          which then drift apart: 1.42 to 1.45. Groups of row tiles that are left over, cut into equal parts for all blocks, whose sums
+//          come into the owner's ring: 1.36, with 32 texts 1.52 for 1.47; of that 0.03 for a second copy of the loop over units (18 KB each:
+//          too much code at once, it seems), 0.04 for the sums' way. Blocks that have none as helpers, one loop: 1.42, 1.59; without the
+//          sums' way 1.32, 1.49, where 1.30, 1.49. Three groups a block, on as many as that takes: 1.35 for 1.29. No test a unit for more:
+//          1.50 (C7512).
 //          How weights lie in memory, 16, 32, 64 texts, fastest tenths of steps, two and three stages before the inputs. Where row tiles, a
 //          copy of 3.3 KB each, took 1.254, 1.422, 2.001: a group's tiles side by side, a copy of 13 KB, 1.242, 1.405, 1.983; a box of a
-//          tensor map for a group, rows of a unit, 1.321, 1.462, 2.007, of three units 1.289, 1.444, 2.008. Where row tiles, but one and
-//          two stages, took 1.279, 1.436, 2.028: all that a block reads in one piece, copies of 13 KB, 1.257, 1.400, 1.988, of 39 KB 1.275,
+//          tensor map for a group, rows of a unit, 1.321, 1.462, 2.007, of three units 1.289, 1.444, 2.008. Where row tiles, but one and two
+//          stages, took 1.279, 1.436, 2.028: all that a block reads in one piece, copies of 13 KB, 1.257, 1.400, 1.988, of 39 KB 1.275,
 //          1.410, 1.993; in pieces of 4 KB on its side of L2 (sides.cuh), which would be the weights a third time, 1.249, 1.379, 2.000.
 //          [down | dense] cut more evenly: 65 units a block instead of 71, of which two bands of three groups leave one run each to an
 //          eleventh block: its products took 12.3 us for 12.5, the norm 0.2 more for a sixth slice, the step 1.293 for 1.257. Blocks with
 //          two groups first, so that they have the rows of `qkv`: 1.287 for 1.256, 64 texts 2.013 for 1.977 (fastest tenths): those with
-//          three then begin last. [down | dense] by the count of all row tiles of [qkv ; up], instead of the word that says that this has
-//          ended: 1.274 for 1.255. That word stored without release: the same.
+//          three then begin last. [down | dense] by the count of all row tiles of [qkv ; up]: 1.274 for 1.255.
 //          Since then, of 16 (and 32): not unrolled, a loop of 6 KB for 17, 1.296 for 1.264 (1.529 for 1.452); two stages of activations
 //          1.335 for 1.275; a stage more in flight from the fifth on 1.306 for 1.273; four before the inputs of [down | dense] 1.258 for
 //          1.239; three, four stages for L2 1.250, 1.259 for 1.245, those of [qkv ; up] too 1.247; the first activations asked for before
-//          overlap_next() 1.232 for 1.216 (1.386 for 1.398); blocks of [qkv ; up] counted at their ends 1.289 for 1.266; the norm polling for
-//          the sums themselves 1.287 for 1.266; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351, 1.382).
-//          What was tried at 16 tokens before, and had 80 registers or fewer, may have lost for that alone (attn_decode.cu, Measured).
+//          overlap_next() 1.232 for 1.216 (1.386 for 1.398); blocks of [qkv ; up] counted at their ends 1.289 for 1.266; the norm polling
+//          for the sums themselves 1.287 for 1.266; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351,
+//          1.382). Since that overtakes, fastest tenths where it took 1.183: two or four stages before its inputs 1.199, 1.188; one for L2
+//          1.187. What was tried at 16 tokens before, and had 80 registers or fewer, may have lost for that alone (attn_decode.cu).
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
-//          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before
-//          31.9, 33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the
-//          next product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations (8, 16 tokens): the same.
+//          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
+//          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next
+//          product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations (8, 16 tokens): the same.
 //          The block's sums side by side in shared memory, stored by bulk copies of a token's rows: 33.5, 35.3, 39.6, 52.6 where it was
 //          32.4, 34.1, 38.6, 52.8 (of f32 sums alone 0.7 less at 64 and 72, 0.1 to 0.3 more at 8 to 32).
 //          mma.sync, each warp one of four units of a stage, the warps' sums joined at the end (error 1.4e-6): 34.8 to 39.3 at 16 tokens
@@ -325,7 +325,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     } else if (warp > WARPS) {
         if (threadIdx.x % 32 == 0) {
             prefetch_map(g.x);
-            ready_wait(g.p.ready);
+            wait_previous();
             overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);

@@ -6,7 +6,8 @@
 //   3. calls wait_previous() in EVERY block, also in one with nothing to do, before it touches anything another kernel wrote
 //      or reads. If all left without waiting, their grid would complete before the grid in front of it has, and the grid after
 //      the next would then see unfinished data.
-// attn_decode and the product behind it may do 3 last, and wait for words that say what is there instead (ready.cuh).
+// attn_decode may do 3 last, and wait for a word that says what is there instead; the product behind it may have as its predecessor what
+// attention follows, and wait for attention by words (ready.cuh).
 // embed, which begins each step, does 1 after 3: what is launched behind it may read at once what was written in front of it.
 // On sm_80 both are empty and the stream orders the kernels; the device layer then passes overlap = 0.
 #pragma once

@@ -21,8 +21,8 @@ use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::Weights;
 
-/// Up to this many tokens the layer's last product begins before attention has ended. Attention of more fills the GPU, and a product's blocks
-/// beside it delay both.
+/// Up to this many tokens a layer's last product overtakes its attention. Attention of more fills the GPU, and a product's blocks beside it
+/// delay both.
 const AWAITING_TOKENS: usize = 32;
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
@@ -201,8 +201,8 @@ impl Pass<'_> {
         matches!(tokens, Tokens::Step(_)) || tokens.count() <= GEMV_TOKENS
     }
 
-    /// Whether the layer's attention begins before its first product has ended, and its last product before attention has. Kernels of
-    /// somebody else's know nothing of that.
+    /// Whether the layer's attention begins before its first product has ended, and its last product overtakes it. Kernels of somebody
+    /// else's know nothing of that.
     fn awaits_attention(&self, index: usize, tokens: Tokens) -> bool {
         let built_in = ["attn_decode", "gptq_batch"].into_iter().all(ops::is_built_in);
         let next = self.weights.layers[index].down_dense_source.is_none();
@@ -244,6 +244,7 @@ impl Pass<'_> {
             },
             slices,
             output,
-        )
+        )?;
+        if awaits { stream.overtake() } else { Ok(()) }
     }
 }

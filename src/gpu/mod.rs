@@ -13,6 +13,7 @@ mod guard;
 pub mod nvml;
 pub mod nvtx;
 pub mod ops;
+mod overtake;
 mod pages;
 pub mod sides;
 pub mod spans;

@@ -187,7 +187,7 @@ impl Stream {
         *self.spares.lock().unwrap_or_else(PoisonError::into_inner) = Spares::default();
     }
 
-    fn captures(&self) -> bool {
+    pub(super) fn captures(&self) -> bool {
         let status = self.inner.capture_status();
         !matches!(status, Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
     }

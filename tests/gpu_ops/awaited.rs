@@ -1,14 +1,23 @@
-//! gptq_batch behind attn_decode: it begins before attention has ended.
+//! gptq_batch behind attn_decode: attention begins before the product in front of it has ended, and the one behind before attention has.
 
 use peregrine::gpu::ops::{
     self, Activations, AttnOutput, AttnScratch, MatmulKernel, MatmulOutput, NextProduct, StepTokens,
 };
-use peregrine::gpu::{DevBuf, Stream};
+use peregrine::gpu::{DevBuf, StepGraph, Stream};
 use peregrine::lab::CONTEXT;
 use peregrine::lab::kit::rope_table;
 use peregrine::layout::HEAD_DIM;
 
 use crate::kit::*;
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    /// Each op has ended when the next is launched.
+    Calm,
+    InARow,
+    /// As a decode step is: the last product overtakes attention.
+    Captured,
+}
 
 /// A layer's [qkv ; up], attention and [down | dense].
 struct Layer {
@@ -30,14 +39,14 @@ impl Layer {
         Layer { heads, ffn, slices, up: on_gpu(&up), down: on_gpu(&down), table }
     }
 
-    /// The layer for one input after the other; gives the sums of each. Calm: each op has ended when the next is launched.
+    /// The layer for one input after the other; gives the sums of each.
     fn run(
         &self,
         stream: &Stream,
         inputs: &[DevBuf<u16>],
         positions: &[usize],
         awaited: bool,
-        calm: bool,
+        how: How,
     ) -> Vec<Vec<f32>> {
         let (heads, ffn, m) = (self.heads, self.ffn, positions.len());
         let (hidden, qkv_size, wide) = (heads * HEAD_DIM, (heads + 2) * HEAD_DIM, ffn + heads * HEAD_DIM);
@@ -51,7 +60,7 @@ impl Layer {
         let mut scratch = AttnScratch::new(stream, heads, CONTEXT, m).unwrap();
         let (mut qkv, mut x) = (nan16(stream, m * qkv_size), nan16(stream, m * wide));
         let mut sums: Vec<_> = inputs.iter().map(|_| nan32(stream, self.slices * m * hidden)).collect();
-        let front = |input, qkv: &mut _, x: &mut _, scratch: &AttnScratch| {
+        let front = |stream: &Stream, input, qkv: &mut _, x: &mut _, scratch: &AttnScratch| {
             let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
             let (split_row, gelu_stride) = (qkv_size, wide);
             let announced = awaited.then_some(scratch);
@@ -68,35 +77,46 @@ impl Layer {
             };
             ops::gptq_matmul(stream, MatmulKernel::Batch, &self.up, 0..self.up.n, a, 1, output).unwrap();
         };
-        if awaited && !calm {
+        if awaited && how != How::Calm {
             // A product behind which no attention comes, and attention behind which no product comes, change nothing, once forgotten.
-            front(&inputs[0], &mut qkv, &mut x, &scratch);
+            front(stream, &inputs[0], &mut qkv, &mut x, &scratch);
             scratch.forget(stream).unwrap();
-            front(&inputs[0], &mut qkv, &mut x, &scratch);
+            front(stream, &inputs[0], &mut qkv, &mut x, &scratch);
             let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
             let tokens = StepTokens::list(&words, m);
             ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
             scratch.forget(stream).unwrap();
         }
-        for (input, sums) in inputs.iter().zip(&mut sums) {
-            front(input, &mut qkv, &mut x, &scratch);
-            let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
-            let tokens = StepTokens::list(&words, m);
-            if calm {
-                stream.synchronize().unwrap();
+        let mut layers = |stream: &Stream| {
+            let settle = || {
+                if how == How::Calm {
+                    stream.synchronize().unwrap();
+                }
+            };
+            for (input, sums) in inputs.iter().zip(&mut sums) {
+                front(stream, input, &mut qkv, &mut x, &scratch);
+                settle();
+                let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
+                let tokens = StepTokens::list(&words, m);
+                ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output)?;
+                settle();
+                let attention = awaited.then_some((&scratch, ffn));
+                let a = Activations { x: &x, stride: wide, tokens: m, attention };
+                let output = MatmulOutput::Partials(sums);
+                ops::gptq_matmul(stream, MatmulKernel::Batch, &self.down, 0..hidden, a, self.slices, output)?;
+                settle();
+                if how == How::Captured {
+                    stream.overtake()?;
+                }
             }
-            ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
-            if calm {
-                stream.synchronize().unwrap();
-            }
-            let attention = awaited.then_some((&scratch, ffn));
-            let (a, output) =
-                (Activations { x: &x, stride: wide, tokens: m, attention }, MatmulOutput::Partials(sums));
-            ops::gptq_matmul(stream, MatmulKernel::Batch, &self.down, 0..hidden, a, self.slices, output)
-                .unwrap();
-            if calm {
-                stream.synchronize().unwrap();
-            }
+            Ok(())
+        };
+        if how == How::Captured {
+            let mut graph = StepGraph::capture(stream, layers).unwrap();
+            graph.launch().unwrap();
+            stream.synchronize().unwrap();
+        } else {
+            layers(stream).unwrap();
         }
         let all = |sums: &DevBuf<f32>| sums.download(stream, 0, sums.len()).unwrap();
         sums.iter().map(all).collect()
@@ -106,7 +126,7 @@ impl Layer {
 /// One slice of a row is one chain of the tensor core; awaited, slices have other inputs: twice gptq_batch's tolerance.
 const SLICED_TOLERANCE: f64 = 2.4e-5;
 
-/// The sums are those of a product behind attention that has ended, time after time, and about those of one that does not know of attention:
+/// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, and about those of one that does not know of attention:
 /// with the 7B's shapes, where attention's inputs begin a slice, where they begin within one, and with one slice for all; at 27 to 32
 /// tokens a block of attention has two head tiles where the context is short.
 #[test]
@@ -122,18 +142,18 @@ fn gptq_batch_awaits_attention() {
                     DevBuf::from_host(&stream, "x", &values).unwrap()
                 })
                 .collect();
-            let want = layer.run(&stream, &inputs, &positions, true, true);
+            let want = layer.run(&stream, &inputs, &positions, true, How::Calm);
             assert!(want.iter().flatten().all(|sum| sum.is_finite()));
             assert!(want.windows(2).all(|two| two[0] != two[1]), "inputs differ, sums do not");
-            let plain = layer.run(&stream, &inputs, &positions, false, true);
+            let plain = layer.run(&stream, &inputs, &positions, false, How::Calm);
             let total = |sums: &[f32]| -> Vec<f32> {
                 let n = sums.len() / slices;
                 (0..n).map(|i| (0..slices).map(|s| sums[s * n + i]).sum()).collect()
             };
             let what = format!("heads {heads} m {m} at {position}");
             assert_close(&what, &total(&want[0]), &total(&plain[0]), SLICED_TOLERANCE);
-            for run in 0..3 {
-                let got = layer.run(&stream, &inputs, &positions, true, false);
+            for (run, how) in [How::InARow, How::Captured, How::Captured].into_iter().enumerate() {
+                let got = layer.run(&stream, &inputs, &positions, true, how);
                 let differ = got.iter().zip(&want).position(|(got, want)| got != want);
                 assert!(differ.is_none(), "{what}, run {run}: sums {differ:?} differ");
             }

@@ -161,7 +161,8 @@ pub struct Activations<'a> {
     /// Tokens.
     pub tokens: usize,
     /// For [`MatmulKernel::Batch`] right behind an `attn_decode` of as many tokens whose output is
-    /// [`awaited`](super::AttnOutput::awaited): its scratch, and the first input that it writes. Those before were there before it.
+    /// [`awaited`](super::AttnOutput::awaited): its scratch, and the first input that it writes. Those before were there before it, so the
+    /// product may [overtake](Stream::overtake) it.
     pub attention: Option<(&'a AttnScratch, usize)>,
 }
 
