@@ -56,8 +56,15 @@ mod cuda {
     const REMEDY: &str = "run `make cuda` to get it, set CUDA_HOME, or build without the GPU: `cargo build --no-default-features --features cli,demo`";
 
     pub(crate) fn build() -> Result<()> {
-        for variable in ["NVCC", "CUDA_HOME", "PEREGRINE_CUDA_ARCH", "LIBCLANG_PATH"] {
+        for variable in ["NVCC", "CUDA_HOME", "PEREGRINE_CUDA_ARCH", "PEREGRINE_CUDA_ARCHS", "LIBCLANG_PATH"]
+        {
             println!("cargo:rerun-if-env-changed={variable}");
+        }
+        if env::var_os("PEREGRINE_CUDA_ARCHS").is_some() {
+            return Err(
+                "PEREGRINE_CUDA_ARCHS is not a name we know: PEREGRINE_CUDA_ARCH takes several, e.g. 80,90a"
+                    .into(),
+            );
         }
         println!("cargo:rerun-if-changed=cuda");
         let root = PathBuf::from(env::var("CARGO_MANIFEST_DIR").map_err(|e| e.to_string())?);
@@ -96,6 +103,12 @@ mod cuda {
                 return Err(format!(
                     "PEREGRINE_CUDA_ARCH: `{bad}` is no target from 80 on; wanted e.g. 80,90a"
                 ));
+            }
+            None if archs.contains(&"90") => {
+                return Err(
+                    "PEREGRINE_CUDA_ARCH: `90` leaves out the tensor cores' wgmma, which kernels use there; wanted 90a"
+                        .into(),
+                );
             }
             None if archs.is_empty() => return Err("PEREGRINE_CUDA_ARCH is empty; wanted e.g. 80,90a".into()),
             None => {}
