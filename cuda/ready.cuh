@@ -13,7 +13,8 @@
 //   word 3   how many row tiles of `qkv` are stored
 // All blocks of attention count, so when [down | dense] has ended none of attention reads or writes memory: what is behind it need not wait
 // for attention too.
-// Nothing is kept from running by what waits for it: who waits for a block by a word began after that block.
+// Nothing is kept from running by what waits for it: who waits for a block by a word began after that block. (The driver promises that order
+// where a block of the second kernel does not fit in where none of the first would: one of attention needs less of everything.)
 // The words are zero when [qkv ; up] counts in them: its inputs were there, so all before it was complete, the layer before among it. And it
 // calls overlap_next() after it has waited for these: attention begins after that too.
 // A block of attention that has work calls wait_previous() before it ends, see launch.cuh: [qkv ; up] has ended when attention has.
