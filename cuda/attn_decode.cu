@@ -42,8 +42,8 @@
 //          [down | dense] that waits for [qkv ; up] itself and not for a word from here, ms for ms, 16 texts: by edges of the graph
 //          (src/gpu/overtake.rs) 1.194 for 1.205, and without a fence in blocks that have no work 1.188. Attention in a stream of its own,
 //          begun by a programmatic event, 1.196, if the norm is launched when attention's blocks have counted that they have begun, 1.209,
-//          if when it has ended; if at once, the next layer's [qkv ; up] waits for room in front of attention's blocks, and all hangs. By
-//          an event of their launch in a stream 1.343: capturing makes it one that wait_previous() waits for. By a plain event 1.304;
+//          if when it has ended; if at once, all hangs: the next layer's [qkv ; up], it seems, waits for room in front of attention's blocks.
+//          By an event of their launch in a stream 1.343: capturing makes it an edge that wait_previous() waits for. By a plain event 1.304;
 //          overlapping the attention of the layer before 1.297. Without attention, and with that wait, 1.176, 1.348 (16, 32; wrong).
 // Spills   12 bytes with two head tiles; 12 and 20 on sm_80.
 #include "launch.cuh"
