@@ -96,6 +96,7 @@ __device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const A
         asm volatile("prefetch.global.L2 [%0];" ::"l"(p.v_cache + at));
     }
 }
+
 // PAIRED: short contexts, see `paired`.
 template <bool PAIRED>
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {

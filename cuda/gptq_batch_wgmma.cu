@@ -14,7 +14,7 @@
 //          at a time: all at once, they stand in front of attention's and the norm's loads, and of the first activations. Before the inputs
 //          are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first stages of the next
 //          product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its first weights from
-//          memory, and its inputs are there 2 us after it began.
+//          memory, and inputs were there 2 us after it began, when [down | dense] still waited for a word from attention.
 // In front of attention, row tiles of `qkv` are counted as they are stored, so that attention need not wait for the others (ready.cuh);
 //          blocks that have one group less, and end sooner, have them.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: in a captured step its predecessor is

@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use cudarc::driver::sys::{
-    CUdevice_attribute, CUevent_flags, CUresult, cuDriverGetVersion, is_culib_present,
+    CUdevice_attribute, CUevent_flags, CUresult, CUstreamCaptureStatus, cuDriverGetVersion, is_culib_present,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError};
 
@@ -220,6 +220,12 @@ pub(super) struct SplitSums {
 }
 
 impl Stream {
+    /// Whether what is queued is being captured.
+    pub(super) fn captures(&self) -> bool {
+        let status = self.inner.capture_status();
+        !matches!(status, Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
+    }
+
     /// One more stream of the same GPU and kind.
     pub(super) fn another(&self) -> Result<Stream> {
         let inner = self.inner.context().new_stream().map_err(|e| driver_error("making a stream", e))?;

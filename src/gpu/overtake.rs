@@ -60,7 +60,7 @@ impl Stream {
     fn captured(&self) -> Result<(CUgraph, CUgraphNode)> {
         let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         let (mut graph, mut nodes, mut edges, mut count) = (null_mut(), null(), null(), 0);
-        // SAFETY: the stream lives, and the driver writes to locals of the types it wants.
+        // SAFETY: `self` owns the stream, and the driver writes to locals of the types it wants.
         let code = unsafe {
             sys::cuStreamGetCaptureInfo_v3(
                 self.inner.cu_stream(),
@@ -85,7 +85,8 @@ impl Stream {
 #[allow(unsafe_code)]
 fn predecessor(node: CUgraphNode) -> Result<CUgraphNode> {
     let (mut nodes, mut edges, mut count) = ([null_mut(); 2], [BEGUN; 2], 2);
-    // SAFETY: the node belongs to a graph that is being captured; there is room for `count` of what the driver writes.
+    // SAFETY: the node is one of the graph that is being captured, where `captured` or this function found it; there is room for `count` of
+    // what the driver writes.
     let code = unsafe {
         sys::cuGraphNodeGetDependencies_v2(node, nodes.as_mut_ptr(), edges.as_mut_ptr(), from_mut(&mut count))
     };
@@ -105,7 +106,8 @@ fn change(
     edge: CUgraphEdgeData,
     how: Change,
 ) -> Result<()> {
-    // SAFETY: both nodes are of the graph, where they were found, which lives while it is being captured; one edge, read from locals.
+    // SAFETY: both nodes are of the graph, where `captured` and `predecessor` found them, and which lives while it is being captured; one
+    // edge, read from locals.
     done(unsafe { how(graph, &raw const from, &raw const to, &raw const edge, 1) })
 }
 

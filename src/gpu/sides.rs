@@ -10,7 +10,7 @@ mod judge;
 
 use std::sync::{Arc, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{CUdevice_attribute, CUstreamCaptureStatus};
+use cudarc::driver::sys::CUdevice_attribute;
 
 use super::buffer::{DevBuf, with_size};
 use super::context::{Stream, driver_error};
@@ -185,11 +185,6 @@ impl Stream {
     /// Gives back the pages that [`DevBuf::on_sides`] left over.
     pub fn drop_spare_pages(&self) {
         *self.spares.lock().unwrap_or_else(PoisonError::into_inner) = Spares::default();
-    }
-
-    pub(super) fn captures(&self) -> bool {
-        let status = self.inner.capture_status();
-        !matches!(status, Ok(CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE))
     }
 }
 

@@ -126,9 +126,9 @@ impl Layer {
 /// One slice of a row is one chain of the tensor core; awaited, slices have other inputs: twice gptq_batch's tolerance.
 const SLICED_TOLERANCE: f64 = 2.4e-5;
 
-/// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, and about those of one that does not know of attention:
-/// with the 7B's shapes, where attention's inputs begin a slice, where they begin within one, and with one slice for all; at 27 to 32
-/// tokens a block of attention has two head tiles where the context is short.
+/// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, and about those of one
+/// that does not know of attention: with the 7B's shapes, where attention's inputs begin a slice, where they begin within one, and with one
+/// slice for all; at 27 to 32 tokens a block of attention has two head tiles where the context is short.
 #[test]
 fn gptq_batch_awaits_attention() {
     let Some((_, stream)) = gpu() else { return };
