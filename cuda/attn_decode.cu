@@ -104,7 +104,6 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
     const uint32_t warp = threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
     uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
-    if (ready && blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) ready_begin(ready, BLOCK_PARTS * gridDim.x * gridDim.y * gridDim.z);
     const uint32_t m = blockIdx.z;
     const AttnToken t = token_of(p, m);
     const bool pair = PAIRED && t.position < PAIRED_KEYS;
@@ -146,7 +145,10 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     if (rounds > 0 && (blocks == 1 || join_chunks(state, p, item, blocks))) store_heads(state, p, item, ToRows{p.out, p.out_stride});
     __syncwarp();
     if (threadIdx.x % 32 == 0) ready_end(ready, pair ? BLOCK_PARTS / 2 : BLOCK_PARTS);
-    if (ready) wait_previous();
+    if (!ready) return;
+    wait_previous();
+    // Of a block that always has work.
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) ready_before(ready, BLOCK_PARTS * gridDim.x * gridDim.y * gridDim.z);
 }
 
 // Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, but not if they have two head tiles each: [down |

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) gptq_batch_kernel(const __gr
     multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
         store_sums<Shape::TOKENS>(p, slice, tile, end, acc);
     });
-    if (threadIdx.x == 0) ready_leave(p.ready);  // attention has ended: the stream orders the kernels
+    if (threadIdx.x == 0) ready_leave(p.ready);
 #endif
 }
 

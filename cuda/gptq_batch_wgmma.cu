@@ -325,7 +325,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
     } else if (warp > WARPS) {
         if (threadIdx.x % 32 == 0) {
             prefetch_map(g.x);
-            wait_previous();
+            ready_wait(g.p.ready, g.p.overtakes);
             overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);

@@ -107,6 +107,7 @@ typedef struct GptqMatmulParams {
     // attn_input .. k - 1 of x and none before.
     uint32_t* ready;
     uint32_t attn_input;
+    uint32_t overtakes;  // with `ready`: 1 if it is launched to wait for what that attn_decode follows (src/gpu/overtake.rs)
     uint32_t* announce;  // NULL, or the words of the attn_decode behind it, which may wait for the rows below split_row alone
     GptqNext next;       // a gptq_batch of as many tokens, whose first weights it brings into L2 before it ends
 } GptqMatmulParams;

@@ -5,9 +5,9 @@
 //
 // Attention needs the rows of `qkv` alone, `down` the first product alone, `dense` attention. So attention does not wait for its predecessor,
 // but for word 3. In a captured step the second product overtakes it (src/gpu/overtake.rs): it waits for the end of [qkv ; up], and for
-// attention by words 0 and 1, before the first stage that attention writes. Elsewhere it waits for its predecessor like any kernel; the
-// words say what it knows already.
-//   word 0   how many parts attention has: BLOCK_PARTS for each of its blocks; one of these says so as it begins
+// attention by words 0 and 1, before the first stage that attention writes. Elsewhere attention is its predecessor, and it waits for word 0
+// instead of for the end of [qkv ; up].
+//   word 0   how many parts attention has, BLOCK_PARTS for each of its blocks; one of these says so when [qkv ; up] has ended
 //   word 1   how many of them are done, or have found that there is nothing to do
 //   word 2   how many blocks of [down | dense] have no more use for the words; the last one clears all: zero before and after
 //   word 3   how many row tiles of `qkv` are stored
@@ -42,8 +42,8 @@ __device__ __forceinline__ void ready_wait_qkv(const uint32_t* ready, uint32_t t
     while (load_acquire(ready + 3) != tiles) ready_patience(tries);
 }
 
-// By one thread of one block of attention.
-__device__ __forceinline__ void ready_begin(uint32_t* ready, uint32_t parts) {
+// By one thread of one block of attention, after wait_previous().
+__device__ __forceinline__ void ready_before(uint32_t* ready, uint32_t parts) {
     asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(ready), "r"(parts) : "memory");
 }
 // By one thread for so many parts, behind all that was written for them.
@@ -56,7 +56,16 @@ __device__ __forceinline__ void ready_idle(uint32_t* ready, uint32_t parts) {
     if (ready) asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(ready + 1), "r"(parts) : "memory");
 }
 
-// By the thread that has the copy engine read the product's inputs, after wait_previous() and before the first of attention's.
+// By the thread that has the copy engine read the product's inputs, before the first. Without words it waits for all that was before.
+__device__ __forceinline__ void ready_wait(const uint32_t* ready, bool overtakes) {
+    if (!ready || overtakes) return wait_previous();
+    uint32_t tries = 0;
+    while (!load_acquire(ready)) ready_patience(tries);
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+// After that, and before the first of attention's.
 __device__ __forceinline__ void ready_wait_attention(const uint32_t* ready) {
     if (!ready) return;
     uint32_t tries = 0, parts;
@@ -66,8 +75,9 @@ __device__ __forceinline__ void ready_wait_attention(const uint32_t* ready) {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
-// By one thread of each block of the product, behind its last use of the words.
+// By one thread of each block of the product, behind its last use of the words. Then all that was before has ended.
 __device__ __forceinline__ void ready_leave(uint32_t* ready) {
+    wait_previous();
     if (!ready || atomicAdd(ready + 2, 1) != gridDim.x - 1) return;
     for (int i = 0; i < PEREGRINE_READY_WORDS; i++) ready[i] = 0;
 }

@@ -244,7 +244,6 @@ impl Pass<'_> {
             },
             slices,
             output,
-        )?;
-        if awaits { stream.overtake() } else { Ok(()) }
+        )
     }
 }

@@ -36,17 +36,18 @@ const fn edge(from_port: u32, type_: CUgraphDependencyType) -> CUgraphEdgeData {
 }
 
 impl Stream {
+    /// Whether this is a step that is being captured, and kernels overlap.
+    pub(super) fn can_overtake(&self) -> bool {
+        self.overlap && self.captures()
+    }
+
     /// The kernel queued last overtakes the one before it: its `wait_previous()` waits for the end of what that one follows. What it needs
     /// of the kernel it overtook must be told to it otherwise, and what comes behind takes its end for that of both (`cuda/ready.cuh`).
-    ///
-    /// In a step that is being captured, where kernels overlap; else nothing changes.
+    /// Only where it [can](Stream::can_overtake).
     ///
     /// # Errors
     /// [`Error::Cuda`] if the last three kernels do not follow each other.
-    pub fn overtake(&self) -> Result<()> {
-        if !self.overlap || !self.captures() {
-            return Ok(());
-        }
+    pub(super) fn overtake(&self) -> Result<()> {
         let (graph, last) = self.captured()?;
         let overtaken = predecessor(last)?;
         let first = predecessor(overtaken)?;

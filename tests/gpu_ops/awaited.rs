@@ -105,9 +105,6 @@ impl Layer {
                 let output = MatmulOutput::Partials(sums);
                 ops::gptq_matmul(stream, MatmulKernel::Batch, &self.down, 0..hidden, a, self.slices, output)?;
                 settle();
-                if how == How::Captured {
-                    stream.overtake()?;
-                }
             }
             Ok(())
         };

@@ -162,7 +162,7 @@ pub struct Activations<'a> {
     pub tokens: usize,
     /// For [`MatmulKernel::Batch`] right behind an `attn_decode` of as many tokens whose output is
     /// [`awaited`](super::AttnOutput::awaited): its scratch, and the first input that it writes. Those before were there before it, so the
-    /// product may [overtake](Stream::overtake) it.
+    /// product overtakes it in a step that is captured (`src/gpu/overtake.rs`).
     pub attention: Option<(&'a AttnScratch, usize)>,
 }
 
@@ -268,6 +268,7 @@ pub fn gptq_matmul(
         Some(_) => return Err(Error::Cuda { op: op.into(), what: "it does not await attention".into() }),
         None => (std::ptr::null_mut(), 0),
     };
+    let overtakes = a.attention.is_some() && stream.can_overtake();
     let split = if kernel == MatmulKernel::Gemm { stream.split_sums()? } else { None };
     let params = ffi::GptqMatmulParams {
         w: matrix,
@@ -281,6 +282,7 @@ pub fn gptq_matmul(
         split_flags: split.map_or(std::ptr::null_mut(), |s| s.flags.ptr(stream).cast_mut()),
         ready,
         attn_input,
+        overtakes: u32::from(overtakes),
         announce,
         next,
     };
@@ -288,7 +290,8 @@ pub fn gptq_matmul(
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
         MatmulKernel::Batch => call!(gptq_batch, stream, params),
         MatmulKernel::Gemm => call!(gptq_gemm, stream, params),
-    }
+    }?;
+    if overtakes { stream.overtake() } else { Ok(()) }
 }
 
 /// K slices a product is cut into so that one fits `gptq_gemv`.
