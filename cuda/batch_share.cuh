@@ -6,6 +6,7 @@
 #include "units.cuh"
 
 constexpr uint32_t GROUP_TILES = 4;  // row tiles of a group, one a warp
+constexpr uint32_t MOST_GROUPS = 3;  // of a block
 
 // How the inputs are cut into slices, each of `units` units but the last, which has the rest. If attention writes the inputs from attn_unit
 // on, and the product begins before it has ended, every slice has its part of them, behind `early` units (whole stages) of those before;
@@ -13,15 +14,13 @@ constexpr uint32_t GROUP_TILES = 4;  // row tiles of a group, one a warp
 struct Slices {
     uint32_t count, units, last_units, early = 0, attn_unit, last_late = 0;
 
-    // Without attention's words attn_input is not used.
-    Slices(const GptqMatrix& w, uint32_t slices, bool awaits, uint32_t attn_input, uint32_t stage_units)
-        : count(slices), attn_unit(attn_input / UNIT_INPUTS) {
+    Slices(const GptqMatrix& w, uint32_t slices, uint32_t stage_units) : count(slices), attn_unit(w.attn_input / UNIT_INPUTS) {
         const uint32_t k_units = w.k / UNIT_INPUTS;
         units = (k_units + count - 1) / count;
         const uint32_t others = count - 1, whole = attn_unit / count / stage_units * stage_units;
         last_units = k_units - others * units;
         const uint32_t last_early = attn_unit - others * whole;
-        if (!awaits || !others || whole > units || last_early > last_units) return;
+        if (!attn_unit || !others || whole > units || last_early > last_units) return;
         early = whole, last_late = last_units - last_early;
     }
 };
@@ -33,13 +32,22 @@ struct Deal {
     uint32_t behind;      // groups of the others, which are the first: rows of `qkv` are done sooner, and attention waits for them
     uint64_t reciprocal;  // 1 / slices in steps of 2^-32, rounded up
 
-    // `most` groups a block.
-    Deal(const GptqMatrix& w, uint32_t slices, uint32_t most, uint32_t multiprocessors) {
+    Deal(const GptqMatrix& w, uint32_t slices, uint32_t multiprocessors) {
         const uint32_t groups = (w.n + GROUP_TILES * UNIT_ROWS - 1) / (GROUP_TILES * UNIT_ROWS);
-        parts = max(min(multiprocessors / slices, groups), (groups + most - 1) / most);
+        parts = max(min(multiprocessors / slices, groups), (groups + MOST_GROUPS - 1) / MOST_GROUPS);
         each = groups / parts, more = groups % parts, behind = (parts - more) * each;
         reciprocal = ((1ull << 32) + slices - 1) / slices;
     }
+};
+
+// A block's part and slice.
+struct Dealt {
+    uint32_t part, slice;
+
+    __device__ __forceinline__ Dealt(uint32_t part, uint32_t slice) : part(part), slice(slice) {}
+    // Of the `number`th of blocks that go from slice to slice, then from part to part.
+    __device__ __forceinline__ Dealt(uint32_t number, const Slices& s, const Deal& d)
+        : part((uint32_t)(number * d.reciprocal >> 32)), slice(number - part * s.count) {}
 };
 
 // What a block multiplies: `groups` groups of row tiles from `group` on, `count` units, of which `jump` stages begin at unit `first` and
@@ -49,9 +57,8 @@ struct Share {
     uint32_t slice, group, groups, count, first, second = 0, jump = ~0u;
     uint32_t late = 0;  // the first stage for which attention writes inputs
 
-    __device__ __forceinline__ Share(const Slices& s, const Deal& d) {
-        const uint32_t part = (uint32_t)(blockIdx.x * d.reciprocal >> 32);
-        slice = blockIdx.x - part * s.count;
+    __device__ __forceinline__ Share(Dealt at, const Slices& s, const Deal& d) : slice(at.slice) {
+        const uint32_t part = at.part;
         const bool more = part < d.more;
         groups = d.each + more, group = more ? d.behind + part * groups : (part - d.more) * groups;
         first = slice * (s.early ? s.early : s.units);
@@ -79,17 +86,17 @@ struct Next {
     Slices slices;
     Deal deal;
 
-    Next(const GptqNext& next, uint32_t most, uint32_t multiprocessors, uint32_t stage_units)
+    Next(const GptqNext& next, uint32_t multiprocessors, uint32_t stage_units)
         : units(next.w.units), n(next.w.n), k_units(next.w.k / UNIT_INPUTS),
           unit_bytes(UNIT_CODE_BYTES + UNIT_SCALE_BYTES * next.w.scales_per_row * (1 + next.w.has_zeros)),
-          slices(next.w, next.slices, next.attn_input, next.attn_input, stage_units), deal(next.w, next.slices, most, multiprocessors) {
+          slices(next.w, next.slices, stage_units), deal(next.w, next.slices, multiprocessors) {
         blocks = deal.parts * slices.count;
     }
     // By a whole warp: the first `stages` stages of the block that will be blockIdx.x of it, wherever that runs.
     template <uint32_t STAGE_UNITS>
     __device__ __forceinline__ void bring(uint32_t stages) const {
         if (blockIdx.x >= blocks) return;
-        const Share<STAGE_UNITS> s(slices, deal);
+        const Share<STAGE_UNITS> s(Dealt(blockIdx.x, slices, deal), slices, deal);
         const uint32_t tile = s.group * GROUP_TILES + threadIdx.x % 32;
         if (tile >= min(s.group * GROUP_TILES + s.warps(), n / UNIT_ROWS)) return;
         for (uint32_t j = 0; j < min(stages, s.stages()); j++)

@@ -68,6 +68,18 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
     bulk_copy(smem_address(shared), global, bytes, smem_address(barrier));
 }
+// True in one lane of a warp, of which the compiler knows that it is one.
+__device__ __forceinline__ bool one_lane() {
+    uint32_t one;
+    asm volatile(
+        "{\n"
+        ".reg .pred one;\n"
+        "elect.sync _|one, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, one;\n"
+        "}"
+        : "=r"(one));
+    return one;
+}
 // Into L2 alone.
 __device__ __forceinline__ void prefetch_bulk(const void* global, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");

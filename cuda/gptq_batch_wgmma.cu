@@ -1,6 +1,7 @@
 // gptq_batch_wgmma — gptq_batch on sm_90a: y[m, row] = sum_k x[m, k] * W[row, k], 4-bit W in units.   Reference: reference.rs::gptq_matmul
 // Shapes   as gptq_batch; for f16 outputs out_stride and gelu_stride multiples of 8.
 // Reads    W once, x once an SM, through L2.   Writes see GptqOutput.
+// Code     batch_wgmma.cuh, one function a role.
 // Mapping  one block an SM keeps to one K slice and to two or three groups of four row tiles (batch_share.cuh), one tile a warp; each warp
 //          gives wgmma its own 16 rows as A, from registers, four warps share the activations as B. One warp fetches weights (a bulk copy a
 //          row tile and stage), one activations (a box of a tensor map); each has a ring of its own, so that weights are asked for before
@@ -15,6 +16,11 @@
 //          are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first stages of the next
 //          product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its first weights from
 //          memory, and inputs were there 2 us after it began, when [down | dense] still waited for a word from attention.
+// Near     where there is a copy by the sides of L2 (near.cuh), blocks read that; which share one has it learns from an atomic.
+// Start    what a block does before it asks for its first weights, 64 times a step, is code that, it seems, has left its multiprocessor's
+//          cache: 200 instructions more there took 0.3 us more a product of 16 tokens, 0.9 of 32. (Steps of 16, 32 texts 1.216, 1.408 for
+//          1.190, 1.355: one kernel for both kinds of weights, which read plain ones; by the copy 1.197, 1.372. Where the constants lie, how
+//          copies are issued, counts of arrivals, a share from shared memory instead of the block's number: each alone nothing.)
 // In front of attention, row tiles of `qkv` are counted as they are stored, so that attention need not wait for the others (ready.cuh);
 //          blocks that have one group less, and end sooner, have them.
 // Behind   attention, if that says how far it is (ready.cuh), [down | dense] does not wait for it: in a captured step its predecessor is
@@ -24,8 +30,8 @@
 //          has 16384, and one has four of 14 warps. There is none if the driver gives shared memory 196 KB, as it did for a block of 194.
 // Floor    [qkv ; up] 55.2 MB, [down | dense] 54.9 MB: 11.7 us each at 4.70 TB/s; at 64 tokens 13.8 us of the tensor cores, and 77 MB of
 //          activations from L2.
-//          By power (see What it takes): the stream, f16 products and an idle card alone are a step of 1.20, 1.56, 2.28 ms of 16, 32, 64
-//          texts at 700 W, where one text's takes 0.92 to 0.99.
+//          By power (see From 16 tokens on): the stream, f16 products and an idle card alone are a step of 1.08, 1.45, 2.17 ms of 16, 32,
+//          64 texts at 700 W by weights that lie near, 1.20, 1.56, 2.28 by others, where one text's takes 0.92 to 0.99.
 // Measured a pair of [qkv ; up] and [down | dense], launches in a row in a graph, cold L2, H200, by turns with stages of four units for
 //          all and without 24 and 40 columns, in brackets; 48 and 64 with six units and two stages of activations, 72 with four and three:
 //              tokens       1             8             16            24            32            40            48            64
@@ -47,6 +53,8 @@
 //          partial sums stored as they are        1.226 for 1.239                       1.907 for 1.951
 //          all of it, and attention ahead         1.208 for 1.269    1.384 for 1.458    1.925 for 1.999
 //          [down | dense] overtakes attention     1.188 for 1.205    1.342 for 1.361 (fastest tenths)
+//          weights near                           1.141 for 1.187    1.319 for 1.354 (fastest tenths)
+//          ... medians of 110 steps               1.227 for 1.263    1.504 for 1.588    2.168 for 2.236
 // Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it. A loop of nothing but products keeps a
 //          quarter of a multiprocessor 13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in
 //          which nothing else issues, and what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three
@@ -68,7 +76,7 @@
 //          copy of 3.3 KB each, took 1.254, 1.422, 2.001: a group's tiles side by side, a copy of 13 KB, 1.242, 1.405, 1.983; a box of a
 //          tensor map for a group, rows of a unit, 1.321, 1.462, 2.007, of three units 1.289, 1.444, 2.008. Where row tiles, but one and two
 //          stages, took 1.279, 1.436, 2.028: all that a block reads in one piece, copies of 13 KB, 1.257, 1.400, 1.988, of 39 KB 1.275,
-//          1.410, 1.993; in pieces of 4 KB on its side of L2 (sides.cuh), which would be the weights a third time, 1.249, 1.379, 2.000.
+//          1.410, 1.993; in pieces of 4 KB on its side of L2, 1.249, 1.379, 2.000 (near.cuh has what came of that).
 //          [down | dense] cut more evenly: 65 units a block instead of 71, of which two bands of three groups leave one run each to an
 //          eleventh block: its products took 12.3 us for 12.5, the norm 0.2 more for a sixth slice, the step 1.293 for 1.257. Blocks with
 //          two groups first, so that they have the rows of `qkv`: 1.287 for 1.256, 64 texts 2.013 for 1.977 (fastest tenths): those with
@@ -103,233 +111,50 @@
 //          57.8 us where 50.6, 57.1. Two blocks of 112 KB and 72 registers a multiprocessor, so that the next product's rings fill early:
 //          pairs of 42.7 where 35.7 (16 tokens): some multiprocessors get two of one product.
 //          From 16 tokens on the GPU runs against its 700 W, and so it does with one: what saves time and no energy saves little then. A
-//          layer takes 19 mJ with 1 token, 28, 35, 48 with 16, 32, 64. A multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights
-//          are small integers), 0.6 of bytes; a bit read 15.2 (decode_step.cu); an idle card 122 W. With scales that are powers of two a
+//          layer took 19 mJ with 1 token, 28, 35, 48 with 16, 32, 64. A multiply-add of wgmma 1.9 pJ in f16 (0.34 of zeros; 1.6 if weights
+//          are small integers), 0.6 of bytes; in a loop of nothing else 2.0, 1.9, 2.1, 1.8 with 16, 32, 64, 128 columns, 1.85 with 256 and
+//          both operands in shared memory, 1.4 at the clock that all multiprocessors then have; a bit read 15.2, near 13.1 (decode_step.cu);
+//          an idle card 122 W. With scales that are powers of two a
 //          step of 64 texts takes 2.34 ms sustained for 2.53, of 32 1.72 for 1.74, of 16 the same. What-ifs of a layer at 16, 32, 64, in
 //          bursts and busy, where it took 37.3, 43.5, 59.5 and 40.5, 48.1, 68.7: codes and two planes of bytes, sums of a unit scaled in
 //          f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5, planes in sums of their own 36.7, 47.2 and 38.5, 48.3; inputs would have to be
 //          bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
 // Spills   4 to 36 bytes: 64 and 72 tokens with two scales a unit, zero points or both.
-#include "batch_share.cuh"
-#include "bulk.cuh"
-#include "chain.cuh"
-#include "gemm_output.cuh"
-#include "launch.cuh"
-#include "ready.cuh"
-#include "tma.cuh"
+#include "batch_wgmma.cuh"
 
 namespace {
 
-constexpr int WARPS = 12;                  // that multiply, one row tile each: three warpgroups
-constexpr int THREADS = (WARPS + 2) * 32;  // and one warp that fetches weights, one activations
-constexpr int AHEAD = 2;                   // units a warp loads ahead of the one it unpacks
-constexpr int UNITS_IN_FLIGHT = 12;  // of weights: more of them delay everybody else's loads, the activations' first of all
-// Stages asked for, one after the other, before the inputs are there: norm or attention are at work then, and wait longer for more.
-constexpr uint32_t EARLY = 2, EARLY_SLICED = 3;
-constexpr uint32_t NEXT_STAGES = 2;        // of the next product, into L2
-constexpr int EARLY_TOGETHER_TOKENS = 16;  // to here, [down | dense] asks for two of them at once (see Log)
-constexpr int SHARED_BYTES = 218 * 1024;
-constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
-
-template <int SCALES_, bool ZEROS_, int TOKENS_>
-struct BatchShape {
-    static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
-    static constexpr bool ZEROS = ZEROS_;
-    using Units = GptqUnits<SCALES, ZEROS>;
-    static constexpr int UNITS = TOKENS <= 64 ? 6 : 4;  // of a stage; six if three stages of weights fit
-    static constexpr int X_STAGES = TOKENS <= 40 || TOKENS > 64 ? 3 : 2;
-    static constexpr int IN_FLIGHT = UNITS_IN_FLIGHT / UNITS;
-    static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
-    static constexpr int X_UNIT = TOKENS * TOKEN_BYTES;
-    static constexpr int X_STAGE = UNITS * X_UNIT;
-    static constexpr int W_TILE = UNITS * Units::BYTES;
-    static constexpr int W_STAGE = WARPS * W_TILE;
-    static constexpr int W_STAGES = (SHARED_BYTES - WARPS * TRANSPOSE_BYTES - 512 - X_STAGES * X_STAGE) / W_STAGE;
-    // Shared memory: activations, weights, one transpose a warp, barriers.
-    static constexpr int W_AT = X_STAGES * X_STAGE;
-    static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
-    static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
-    static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 1) * 8;
-    static_assert(W_STAGES >= IN_FLIGHT, "room for them");
-    // With 196 KB or less a multiprocessor has no more than that for shared memory while the block is there: attention would not fit.
-    static constexpr int ASKED_BYTES = BYTES > 200 * 1024 ? BYTES : 200 * 1024;
-    using Sums = float[TOKENS / 8][4];
-};
-
-struct BatchParams {
-    CUtensorMap x;  // [k units][tokens][64] f16
-    GptqMatmulParams p;
-    Slices slices;
-    Deal deal;
-    Next next;
-};
-
-#if PEREGRINE_WGMMA
-
-template <class Shape>
-struct Barriers {
-    uint64_t w_full[Shape::W_STAGES], w_empty[Shape::W_STAGES], x_full[Shape::X_STAGES], x_empty[Shape::X_STAGES], inputs;
-};
-
-template <class Shape>
-using Span = Share<Shape::UNITS>;
-
-template <class Shape>
-__device__ __forceinline__ void fetch_weights(const GptqMatmulParams& p, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
-    const bool sliced = p.y.partials;
-    const uint32_t early = sliced ? EARLY_SLICED : EARLY;
-    const uint32_t tile = s.group * GROUP_TILES + lane, tiles = min(s.warps(), p.w.n / UNIT_ROWS - s.group * GROUP_TILES);
-    const uint8_t* row_tile = p.w.units + (size_t)tile * (p.w.k / UNIT_INPUTS) * Shape::Units::BYTES;
-    // Shared addresses, once: each conversion would ask which block of its cluster this is.
-    const uint32_t to = smem_address(ring) + lane * Shape::W_TILE, full = smem_address(b.w_full), empty = smem_address(b.w_empty);
-    Place<Shape::W_STAGES> place, arrived;
-    int waiting = 0;  // stages under way
-    const int at_once = sliced && Shape::TOKENS <= EARLY_TOGETHER_TOKENS ? 2 : 1;  // before the inputs are there
-    for (uint32_t j = 0; j < stages; j++) {
-        if (j >= Shape::W_STAGES) barrier_wait(empty + place.slot * 8, place.parity ^ 1);
-        if (j == early) barrier_wait(&b.inputs, 0);
-        if (waiting == (j < early ? at_once : Shape::IN_FLIGHT)) {
-            barrier_wait(full + arrived.slot * 8, arrived.parity);
-            arrived.advance();
-            waiting--;
-        }
-        waiting++;
-        const uint32_t bytes = min((uint32_t)Shape::UNITS, s.count - j * Shape::UNITS) * Shape::Units::BYTES;
-        if (lane == 0) barrier_expect(full + place.slot * 8, tiles * bytes);
-        __syncwarp();
-        const uint8_t* from = row_tile + (size_t)s.unit(j) * Shape::Units::BYTES;
-        if (lane < tiles) bulk_copy(to + place.slot * Shape::W_STAGE, from, bytes, full + place.slot * 8);
-        place.advance();
-    }
-}
-
-// Behind the last copy's arrival: before, it would be in the way of this product's own.
-template <class Shape>
-__device__ __forceinline__ void bring_next(const Next& next, const Span<Shape>& s, Barriers<Shape>& b) {
-    const uint32_t last = s.stages() - 1;
-    barrier_wait(&b.w_full[last % Shape::W_STAGES], last / Shape::W_STAGES % 2);
-    next.bring<Shape::UNITS>(NEXT_STAGES);
-}
-
-template <class Shape>
-__device__ __forceinline__ void fetch_activations(const BatchParams& g, const Span<Shape>& s, uint8_t* ring, Barriers<Shape>& b) {
-    const uint32_t stages = s.stages();
-    Place<Shape::X_STAGES> place;
-    for (uint32_t j = 0; j < stages; j++) {
-        if (j >= Shape::X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
-        if (j == s.late) ready_wait_attention(g.p.ready);
-        barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
-        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit(j), &b.x_full[place.slot], L2_NORMAL);
-        place.advance();
-    }
-}
-
-// acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
-// AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
-template <class Shape>
-__device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<Shape>& s, __half2 factor, uint8_t* smem,
-                                          Barriers<Shape>& b) {
-    const uint32_t lane = threadIdx.x % 32, stages = s.stages();
-    const uint8_t* mine = smem + Shape::W_AT + threadIdx.x / 32 * Shape::W_TILE;
-    // In 64 bits, which one uniform instruction adds to; of the low word alone three would.
-    const uint64_t x = wgmma_descriptor(smem_address(smem));
-    uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
-    typename Shape::Units::Raw raw[AHEAD];
-    Place<Shape::W_STAGES> place;
-    const uint8_t* stage = mine;
-    // Unit u of the stage; what is loaded behind the last stage is not used.
-    const auto load = [&](int u) {
-        if (u == 0) {
-            place.advance();
-            stage = mine + place.slot * Shape::W_STAGE;
-            if (entered++ < stages) barrier_wait(&b.w_full[place.slot], place.parity);
-        }
-        raw[u % AHEAD].load(stage + u * Shape::Units::BYTES, lane);
-    };
-    barrier_wait(&b.w_full[0], 0);
-    raw[0].load(stage, lane);
-    raw[0].unpack(a[0], factor);
-#pragma unroll
-    for (int u = 1; u <= AHEAD; u++) load(u);
-    for (uint32_t j0 = 0; j0 < stages; j0 += Shape::X_STAGES, parity ^= 1) {
-#pragma unroll
-        for (int slot = 0; slot < Shape::X_STAGES; slot++) {
-            const uint32_t j = j0 + slot, units = s.count - j * Shape::UNITS;  // units that are left
-            if (slot > 0 && j >= stages) break;
-            barrier_wait(&b.x_full[slot], parity);
-#pragma unroll
-            for (int u = 0; u < Shape::UNITS; u++) {
-                if (u > 0 && u >= units) break;
-                uint32_t(&now)[STEPS][4] = a[u % 2], (&next)[STEPS][4] = a[(u + 1) % 2];
-                const uint64_t x_unit = x + (slot * Shape::X_STAGE + u * Shape::X_UNIT) / 16;
-                wgmma_fence();
-#pragma unroll
-                for (int i = 0; i < STEPS; i++) wgmma(acc, now[i], x_unit + i * 2, 1);
-                wgmma_commit();
-                wgmma_wait<1>();
-                // The compiler does not know that the registers were in use until here.
-#pragma unroll
-                for (int i = 0; i < STEPS; i++)
-                    asm volatile("" : "+r"(next[i][0]), "+r"(next[i][1]), "+r"(next[i][2]), "+r"(next[i][3])::"memory");
-                if (u == 0 && j > 0 && lane == 0) barrier_arrive(&b.x_empty[slot == 0 ? Shape::X_STAGES - 1 : slot - 1]);
-                raw[(u + 1) % AHEAD].unpack(next, factor);
-                if (u + 2 == Shape::UNITS) {
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(&b.w_empty[leaving]);
-                    if (++leaving == Shape::W_STAGES) leaving = 0;
-                }
-                load((u + 1 + AHEAD) % Shape::UNITS);
-            }
-        }
-    }
-    wgmma_wait<0>();
-#pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++)
-        asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
-}
-
-template <class Shape>
-__device__ __forceinline__ void scale_sums(typename Shape::Sums& acc, float2 by) {
-#pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[n][e] *= e < 2 ? by.x : by.y;
-}
-
-#endif
-
-template <class Shape>
+template <class Shape, bool NEAR>
 __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_constant__ BatchParams g) {
 #if PEREGRINE_WGMMA
     extern __shared__ __align__(1024) uint8_t smem[];
     Barriers<Shape>& b = *reinterpret_cast<Barriers<Shape>*>(smem + Shape::BARRIERS_AT);
     const uint32_t warp = threadIdx.x / 32;
-    const Span<Shape> s(g.slices, g.deal);
     // The warp that fetches weights makes the barriers, and does not wait for anybody: it arrives at barrier 1, where the others wait.
-    if (threadIdx.x == WARPS * 32) {
-        for (int i = 0; i < Shape::W_STAGES; i++) barrier_init(&b.w_full[i], 1), barrier_init(&b.w_empty[i], s.warps());
-        for (int i = 0; i < Shape::X_STAGES; i++) barrier_init(&b.x_full[i], 1), barrier_init(&b.x_empty[i], s.warps());
-        barrier_init(&b.inputs, 1);
-        barrier_init_done();
+    if (NEAR && warp == WARPS) return claim_and_fetch<Shape>(g, smem + Shape::W_AT, b);
+    if (NEAR) asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+    const Span<Shape> s(NEAR ? Dealt(uniform(b.dealt.x), uniform(b.dealt.y)) : Dealt(blockIdx.x, g.slices, g.deal), g.slices, g.deal);
+    if (!NEAR) {
+        if (threadIdx.x == WARPS * 32) make_barriers<Shape>(b, s.warps());
+        if (warp == WARPS) {
+            __syncwarp();
+            asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
+        } else {
+            asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+        }
     }
-    if (warp == WARPS) {
-        __syncwarp();
-        asm volatile("bar.arrive 1, %0;" ::"n"(THREADS) : "memory");
-    } else {
-        asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-    }
-    if (warp == WARPS) {
-        fetch_weights<Shape>(g.p, s, smem + Shape::W_AT, b);
-        if (g.next.units) bring_next<Shape>(g.next, s, b);
+    if (!NEAR && warp == WARPS) {
+        fetch_weights<Shape, false>(g.p, s, smem + Shape::W_AT, b);
+        bring_next<Shape, false>(g, s, b);
     } else if (warp > WARPS) {
-        if (threadIdx.x % 32 == 0) {
+        if (one_lane()) {
             prefetch_map(g.x);
             ready_wait(g.p.ready, g.p.overtakes);
             overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);
             ready_leave(g.p.ready);
+            if (NEAR) claims_leave(g.claims);
         }
     } else if (warp < s.warps()) {
         // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
@@ -337,7 +162,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         const uint32_t lane = threadIdx.x % 32, tile = s.group * GROUP_TILES + warp, row = tile * UNIT_ROWS;
         // A warp without a row tile multiplies zeros.
         const __half2 factor = as_half2(row < g.p.w.n ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
-        multiply<Shape>(acc, s, factor, smem, b);
+        multiply<Shape, NEAR>(acc, s, factor, smem, b);
         if (row >= g.p.w.n) return;
         scale_sums<Shape>(acc, undo_factor(factor));
         uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
@@ -361,15 +186,21 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const cuuint64_t token_bytes = (cuuint64_t)p->x_stride * 2;
     const TensorShape<3> x = {CU_TENSOR_MAP_DATA_TYPE_FLOAT16, {UNIT_INPUTS, p->tokens, k_units}, {token_bytes, TOKEN_BYTES},
                               {UNIT_INPUTS, Shape::TOKENS, Shape::UNITS}, CU_TENSOR_MAP_SWIZZLE_128B};
-    constexpr uint32_t MOST = WARPS / GROUP_TILES;
     const bool brings = p->next.w.units;
     if (brings && p->next.slices == 0) return PEREGRINE_BAD_SHAPE;
-    BatchParams g = {{}, *p, Slices(p->w, p->slices, p->ready, p->attn_input, Shape::UNITS), Deal(p->w, p->slices, MOST, multiprocessors),
-                     Next(brings ? p->next : GptqNext{p->w, p->slices, 0}, MOST, multiprocessors, Shape::UNITS)};
-    if (!brings) g.next.units = nullptr;
+    const Slices slices(p->w, p->slices, Shape::UNITS);
+    const Deal deal(p->w, p->slices, multiprocessors);
+    const GptqNext next = brings ? p->next : GptqNext{p->w, p->slices};
+    BatchParams g = {{}, *p, slices, deal, Next(next, multiprocessors, Shape::UNITS), p->claims, Near(p->w, slices, deal), {}};
+    g.next_near = Near(next.w, g.next.slices, g.next.deal);
+    if (!brings) g.next.units = g.next_near.base = nullptr;
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
-    return launch(gptq_batch_wgmma_kernel<Shape>, dim3(g.deal.parts * p->slices), THREADS, Shape::ASKED_BYTES, l, g);
+    const dim3 grid(deal.parts * p->slices);
+    if (Shape::NEAR && g.near.base && !p->claims.words) return PEREGRINE_BAD_SHAPE;
+    if constexpr (Shape::NEAR)
+        if (g.near.base) return launch(gptq_batch_wgmma_kernel<Shape, true>, grid, THREADS, Shape::ASKED_BYTES, l, g);
+    return launch(gptq_batch_wgmma_kernel<Shape, false>, grid, THREADS, Shape::ASKED_BYTES, l, g);
 }
 
 template <int SCALES, bool ZEROS>
@@ -387,7 +218,7 @@ int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multipro
 
 }  // namespace
 
-uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors<gptq_batch_wgmma_kernel<BatchShape<1, false, 16>>>(); }
+uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors<gptq_batch_wgmma_kernel<BatchShape<1, false, 16>, false>>(); }
 
 int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
     switch (p->w.scales_per_row * 2 + p->w.has_zeros) {

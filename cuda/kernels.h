@@ -37,6 +37,7 @@ extern "C" {
 #define PEREGRINE_ATTN_CHUNK 128   // fewest keys of an item of attention in a decode step, where a token has several
 #define PEREGRINE_READY_WORDS 4    // by which attention and the products around it know how far each other are (cuda/ready.cuh)
 #define PEREGRINE_PIECE_BYTES 4096 // of memory that are on the same side of L2 (cuda/sides.cuh)
+#define PEREGRINE_STEP_SMS 256     // numbers that multiprocessors may have
 
 struct CUstream_st;
 
@@ -68,6 +69,10 @@ typedef struct GptqMatrix {
     uint32_t scales_per_row;  // 1: one scale for a row's 64 inputs of a unit; 2: one for each 32 (group size 32)
     uint32_t has_zeros;       // 0: every zero point is 8 and none is stored
     const uint32_t* row_factors;  // [n / 16][8] half2, rows g and g + 8, of row_factors; gptq_gemv does not use them
+    // Only gptq_batch uses these:
+    uint32_t attn_input;      // the first of the inputs that attention writes, which are the last; 0: it writes none
+    const uint8_t* near;      // NULL, or the same by gptq_near, for as many slices as the product has
+    uint32_t sides;           // of `near`
 } GptqMatrix;
 
 // Where a quantised product goes. Exactly one of the three destinations is used:
@@ -85,12 +90,17 @@ typedef struct GptqOutput {
     uint32_t split_row;  // a multiple of 16
 } GptqOutput;
 
-// A product that comes later in the stream: which of its weights are read first depends on what it is given.
+// A product that comes later in the stream.
 typedef struct GptqNext {
-    GptqMatrix w;         // units NULL: none
+    GptqMatrix w;  // units NULL: none
     uint32_t slices;
-    uint32_t attn_input;  // what its GptqMatmulParams have; 0 without `ready`
 } GptqNext;
+
+// How the blocks of a product by w.near take their shares (cuda/near.cuh).
+typedef struct GptqClaims {
+    uint32_t* words;                                  // in two pieces, the first on side 0; zero before and after
+    uint32_t side_of[PEREGRINE_STEP_SMS / 32];        // the side of multiprocessor %smid is bit %smid % 32 of word %smid / 32
+} GptqClaims;
 
 // gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
@@ -104,16 +114,26 @@ typedef struct GptqMatmulParams {
     float* split_sums;     // [multiprocessors, GEMM_TILE]: sums of tiles that blocks share
     uint32_t* split_flags; // [multiprocessors, GEMM_GROUPS], zero before and after
     // Only gptq_batch uses these: NULL, or the words of the attn_decode in front of it (cuda/ready.cuh), which writes inputs
-    // attn_input .. k - 1 of x and none before.
+    // w.attn_input .. k - 1 of x and none before.
     uint32_t* ready;
-    uint32_t attn_input;
     uint32_t overtakes;  // with `ready`: 1 if it is launched to wait for what that attn_decode follows (src/gpu/overtake.rs)
     uint32_t* announce;  // NULL, or the words of the attn_decode behind it, which may wait for the rows below split_row alone
     GptqNext next;       // a gptq_batch of as many tokens, whose first weights it brings into L2 before it ends
+    GptqClaims claims;   // if w.near
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
+
+// gptq_near: a matrix once more, in the order in which gptq_batch reads it, by the sides of L2 (cuda/near.cuh).
+typedef struct GptqNearParams {
+    GptqMatrix w;
+    uint32_t slices;    // of the products
+    uint8_t* to;        // [gptq_near_pieces][PEREGRINE_PIECE_BYTES]
+    uint32_t sides;     // the bits of an offset whose parity is a piece's side
+} GptqNearParams;
+uint32_t gptq_near_pieces(const GptqMatrix* w, uint32_t slices); // 0: gptq_batch would not read it, on this GPU
+int32_t gptq_near(const GptqNearParams* p, const Launch* l);
 
 // gptq_repack: AutoGPTQ's tensors to units, into rows [row0, row0 + n) and inputs [input0, input0 + k) of a matrix.
 typedef struct GptqRepackParams {
@@ -244,7 +264,6 @@ int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn
-#define PEREGRINE_STEP_SMS 256    // numbers that multiprocessors may have
 #define PEREGRINE_STEP_WARPS 12   // that share the inputs of a token
 #define PEREGRINE_NORM_RECORD 32  // bytes that say what a warp's inputs of a norm are multiplied by, and their sums (decode_norm.cuh)
 

@@ -22,9 +22,7 @@
 //          than not, and the copy engine takes as long for each: 16, 32, 64 texts 1.53, 1.89, 2.60 ms with blocks at the side of their row
 //          tiles (a number of their side's half taken by an atomic), 1.58, 1.91, 2.65 with blocks anywhere, where plain units take 1.40,
 //          1.75, 2.34; a prompt of 128 tokens 4.2 ms for 3.2. So decode_step has a copy of its own.
-//          A third copy for gptq_batch, six units of a row tile a piece, so that a copy of a stage is one: 1.394, 1.750, 2.388 ms where plain
-//          units took 1.47, 1.77, 2.39 (on a card that was slow with these): not worth 4.5 GB. That order for decode_step: 0.944 for 0.934,
-//          4 tokens 0.991 for 0.977, 8 the same.
+//          gptq_batch's own order (near.cuh) for decode_step: 0.944 for 0.934, 4 tokens 0.991 for 0.977, 8 the same.
 #pragma once
 #include "kernels.h"
 

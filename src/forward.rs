@@ -137,11 +137,7 @@ impl Pass<'_> {
         let (m, n) = (tokens.count(), layer.qkv_up.n);
         let (hidden, qkv_size) = (self.config.hidden_size, self.config.qkv_size());
         let s = &mut *self.scratch;
-        let next = NextProduct {
-            w: &layer.down_dense,
-            slices: s.slices,
-            attention: awaited.then_some(self.config.ffn_size),
-        };
+        let next = NextProduct { w: &layer.down_dense, slices: s.slices };
         let parts = if layer.one_source {
             vec![(0..n, &layer.qkv_source)]
         } else {
@@ -236,12 +232,7 @@ impl Pass<'_> {
             kernel,
             &layer.down_dense,
             0..layer.down_dense.n,
-            Activations {
-                x,
-                stride: wide,
-                tokens: m,
-                attention: awaits.then_some((&s.attn, self.config.ffn_size)),
-            },
+            Activations { x, stride: wide, tokens: m, attention: awaits.then_some(&s.attn) },
             slices,
             output,
         )

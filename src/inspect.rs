@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::{Checkpoint, GptqTensor};
 use crate::config::{ModelConfig, QuantConfig};
 use crate::error::one_line;
-use crate::layout::{HEAD_DIM, UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
+use crate::layout::{HEAD_DIM, PIECE_BYTES, UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
 
 /// Bytes of an f16.
 const HALF: u64 = 2;
@@ -49,6 +49,9 @@ pub struct MemoryPlan {
     /// What decode steps on Hopper read once more, by the sides of L2, if half of the memory that is free is enough for it; not in
     /// [`MemoryPlan::total`].
     pub hopper_copy: u64,
+    /// What steps of more than 8 texts on Hopper read once more, likewise, as soon as there are that many; about, and not in
+    /// [`MemoryPlan::total`].
+    pub hopper_batch_copy: u64,
 }
 
 impl MemoryPlan {
@@ -142,6 +145,7 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
         kv_per_position: layers * 2 * HEAD_DIM as u64 * HALF,
         kv_full_context: layers * 2 * HEAD_DIM as u64 * HALF * config.max_positions as u64,
         hopper_copy: 0,
+        hopper_batch_copy: near_bytes(config),
     };
     for i in 0..config.num_layers {
         let layer = checkpoint.layer(i);
@@ -160,6 +164,26 @@ fn memory_plan(checkpoint: &Checkpoint) -> MemoryPlan {
 pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
     let plan = memory_plan(checkpoint);
     plan.matrices + plan.tables + plan.vectors
+}
+
+/// Bytes of the copy that `cuda/near.cuh` draws, on a GPU with as many multiprocessors as an H100 or H200: pieces for six units of a row tile,
+/// with room for twelve tiles a part.
+fn near_bytes(config: &ModelConfig) -> u64 {
+    const MULTIPROCESSORS: usize = 132;
+    const STAGE_UNITS: usize = 6;
+    const SLICE_UNITS: usize = 72;
+    let product = |n: usize, k: usize, slices: usize| {
+        let groups = n.div_ceil(4 * UNIT_ROWS);
+        let parts = (MULTIPROCESSORS / slices).min(groups).max(groups.div_ceil(3));
+        let units = (k / UNIT_INPUTS).div_ceil(slices);
+        // There is none if a slice has less than a stage.
+        let stages = if units < STAGE_UNITS { 0 } else { units.div_ceil(STAGE_UNITS) };
+        2 * parts.div_ceil(2) * slices * stages * 12 * PIECE_BYTES
+    };
+    let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
+    let layer = product(config.qkv_size() + config.ffn_size, hidden, 1)
+        + product(hidden, wide, (wide / UNIT_INPUTS).div_ceil(SLICE_UNITS));
+    (config.num_layers * layer) as u64
 }
 
 /// Bytes of the quantised rows' factors, which products of more than 8 tokens read.
@@ -236,6 +260,7 @@ impl Report {
                 "kv_full_context": memory.kv_full_context,
                 "total": memory.total(),
                 "hopper_copy": memory.hopper_copy,
+                "hopper_batch_copy": memory.hopper_batch_copy,
                 "gpu_free": self.gpu_free_bytes,
             },
             "bytes_per_token": self.bytes_per_token,
@@ -255,12 +280,11 @@ impl Report {
         ] {
             writeln!(f, "  {what:26} {:>10}", show_bytes(bytes))?;
         }
-        writeln!(
-            f,
-            "  {:26} {:>10}  if half of what is free is enough",
-            "on Hopper besides",
-            show_bytes(m.hopper_copy)
-        )?;
+        for (what, bytes) in
+            [("on Hopper besides", m.hopper_copy), ("... for more than 8 texts", m.hopper_batch_copy)]
+        {
+            writeln!(f, "  {what:26} {:>10}  if half of what is free is enough", show_bytes(bytes))?;
+        }
         if let Some(free) = self.gpu_free_bytes {
             let fits = if free >= m.total() { "it fits, before working buffers" } else { "it does not fit" };
             writeln!(f, "  {:26} {:>10}  {fits}", "free on this GPU", show_bytes(free))?;

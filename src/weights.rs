@@ -248,8 +248,9 @@ impl<'a> Loader<'a> {
         self.repack(qkv, &qkv_order, &mut qkv_up, 0, 0)?;
         self.repack(up, &up_order, &mut qkv_up, qkv.n, 0)?;
         timed(self.stream, &mut self.repacks, || ops::row_factors(self.stream, &mut qkv_up))?;
-        let mut down_dense =
-            self.matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?;
+        let mut down_dense = self
+            .matrix(down.n, down.k + dense.k, [(down, &down_order), (dense, &dense_order)])?
+            .with_attn_input(down.k);
         self.repack(down, &down_order, &mut down_dense, 0, 0)?;
         self.repack(dense, &dense_order, &mut down_dense, 0, down.k)?;
         timed(self.stream, &mut self.repacks, || ops::row_factors(self.stream, &mut down_dense))?;

@@ -84,7 +84,7 @@ impl CudaModel {
         self.load_times.parts()
     }
 
-    /// Bytes of the resident weights, with the copy that `decode_step` reads.
+    /// Bytes of the resident weights, with the copies that decode steps read: another one as soon as there was a batch of more than 8 slots.
     #[must_use]
     pub fn weight_bytes(&self) -> u64 {
         self.weights.bytes()

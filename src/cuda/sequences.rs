@@ -77,6 +77,9 @@ impl Sequences {
             }
             _ => None,
         };
+        if slots > GEMV_TOKENS {
+            model.weights().lay_near(model.gpu(), stream)?;
+        }
         let rows = if slots == 1 && decode.is_some() { GEMV_TOKENS } else { slots };
         let shape = SamplerShape { slots, rows, vocab: config.vocab_size, max_context };
         let sampler = SamplerState::new(model.gpu(), stream, shape)?;

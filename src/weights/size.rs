@@ -11,9 +11,10 @@ impl Weights {
         self.plain_bytes() - if self.head.is_some() { self.embedding.units.bytes() } else { 0 }
     }
 
-    /// Bytes of device memory.
+    /// Bytes of device memory, with the copies there are.
     pub(crate) fn bytes(&self) -> u64 {
-        self.plain_bytes() + self.on_sides.as_ref().map_or(0, WeightsOnSides::bytes)
+        let near = self.matrices().map(|w| w.bytes() - w.plain_bytes()).sum::<u64>();
+        self.plain_bytes() + near + self.on_sides.as_ref().map_or(0, WeightsOnSides::bytes)
     }
 
     /// Those of them that are no copy.
@@ -23,8 +24,8 @@ impl Weights {
         let source = |b: &Option<DevBuf<u32>>| b.as_ref().map_or(0, DevBuf::bytes);
         let layer = |l: &Layer| {
             norm(&l.norm)
-                + l.qkv_up.bytes()
-                + l.down_dense.bytes()
+                + l.qkv_up.plain_bytes()
+                + l.down_dense.plain_bytes()
                 + optional(&l.qkv_up_bias)
                 + optional(&l.down_dense_bias)
                 + source(&l.qkv_source)

@@ -52,7 +52,7 @@ fn run_partials(
 }
 
 fn check_partials(stream: &Stream, kernel: MatmulKernel, q: &Quantised, seed: u64, tokens: &[usize]) {
-    check_sliced(stream, kernel, q, seed, tokens, ops::slices(q.k));
+    check_sliced(stream, kernel, q, seed, tokens, ops::slices(q.k), 0);
 }
 
 fn check_sliced(
@@ -62,8 +62,17 @@ fn check_sliced(
     seed: u64,
     tokens: &[usize],
     slices: usize,
+    attn_input: usize,
 ) {
-    let w = repack(stream, q.n, q.k, &[(q, 0, 0)]);
+    let matrix = || repack(stream, q.n, q.k, &[(q, 0, 0)]).with_attn_input(attn_input);
+    let (w, mut copies) = (matrix(), Vec::new());
+    if kernel == MatmulKernel::Batch {
+        let copied = matrix();
+        copied.lay_near(stream, slices).unwrap();
+        let bytes = copied.bytes() - copied.plain_bytes();
+        eprintln!("[{}, {}]: {bytes} bytes of copy, sides: {}", q.n, q.k, stream.sides().is_some());
+        copies.push(copied);
+    }
     for &m in tokens {
         let x = Random::new(seed + m as u64).halves(m * q.k, 1.0);
         let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
@@ -76,11 +85,16 @@ fn check_sliced(
             f32_tolerance(kernel),
         );
         let again = run_partials(stream, kernel, &w, &x, m, slices);
-        assert!(
-            got.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()),
-            "{kernel:?} m {m}: second run differs"
-        );
+        assert!(same_bits(&got, &again), "{kernel:?} m {m}: second run differs");
+        for copy in &copies {
+            let got_by_copy = run_partials(stream, kernel, copy, &x, m, slices);
+            assert!(same_bits(&got, &got_by_copy), "{kernel:?} [{}, {}] m {m}: by the copy", q.n, q.k);
+        }
     }
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }
 
 fn f32_tolerance(kernel: MatmulKernel) -> f64 {
@@ -127,6 +141,23 @@ fn gptq_batch_matches_reference() {
     }
 }
 
+/// Slices that end with inputs of attention: the 7B's, and where those begin within a unit's stage, or one slice has all.
+#[test]
+fn gptq_batch_takes_inputs_of_attention_last() {
+    let Some((_, stream)) = gpu() else { return };
+    let mut random = Random::new(14);
+    for (n, k, slices, attn_input) in [
+        (4544, 22720, 5, 18176),
+        (320, 1600, 5, 1280),
+        (64, 1536, 4, 1216),
+        (64, 640, 2, 64),
+        (48, 512, 1, 320),
+    ] {
+        let q = Quantised::new(&mut random, n, k, G64);
+        check_sliced(&stream, MatmulKernel::Batch, &q, 26, &[9, 16, 32, 64, 72], slices, attn_input);
+    }
+}
+
 /// Each output has digits of its own, however small its scales are beside the others'.
 #[test]
 fn products_take_scales_of_any_size() {
@@ -170,9 +201,9 @@ fn gptq_gemm_matches_reference() {
     }
     // With one slice a row's inputs are one chain, or the tile is shared by several blocks.
     let q = Quantised::new(&mut random, 1616, 22720, G64);
-    check_sliced(&stream, MatmulKernel::Gemm, &q, 32, &[65, 129, 200], 1);
+    check_sliced(&stream, MatmulKernel::Gemm, &q, 32, &[65, 129, 200], 1, 0);
     let q = Quantised::new(&mut random, 816, 7360, G64);
-    check_sliced(&stream, MatmulKernel::Gemm, &q, 33, &[80, 96, 97, 150, 180, 200, 512], 1);
+    check_sliced(&stream, MatmulKernel::Gemm, &q, 33, &[80, 96, 97, 150, 180, 200, 512], 1, 0);
     for (n, k) in [(16, 64), (4544, 22720), (22848, 4544)] {
         let q = Quantised::new(&mut random, n, k, G64);
         check_partials(&stream, MatmulKernel::Gemm, &q, 31, &[9, 65]);

@@ -3,12 +3,14 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_batch, gptq_gemm, gptq_repack, row_factors. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm. `matrix`: gptq_repack, row_factors. `near`: gptq_near. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `on_sides`: to_sides. `step`: the tokens of a call. `sampling`:
 //! start, sample. `probe`: unpack_check, sides, stream_read, mma_peak.
 
 mod attention;
 mod decode_step;
+mod matrix;
+mod near;
 mod on_sides;
 mod probe;
 mod product;
@@ -27,12 +29,10 @@ pub use attention::{AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefi
 pub use decode_step::{
     DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
 };
+pub use matrix::{Int4Matrix, RawGptq, gptq_repack, row_factors};
 pub use on_sides::{OnSides, to_sides};
 pub use probe::{Exactness, SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
-pub use product::{
-    Activations, Int4Matrix, MatmulKernel, MatmulOutput, NextProduct, RawGptq, gptq_matmul, gptq_repack,
-    row_factors, slices,
-};
+pub use product::{Activations, MatmulKernel, MatmulOutput, NextProduct, gptq_matmul, slices};
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerShape, SamplerState, sample, start, stop};
 pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};

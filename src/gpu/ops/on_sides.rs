@@ -5,7 +5,7 @@ use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::product::Int4Matrix;
+use super::matrix::Int4Matrix;
 use super::table::Table;
 use super::{call, check, launch_on, u32_of};
 use crate::error::{Error, Result};

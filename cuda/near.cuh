@@ -1,0 +1,99 @@
+// near — a matrix once more for gptq_batch: what its blocks read, in the order in which they read it, from their side of L2.
+//
+// A stage of a row tile, NEAR_UNITS units of 544 to 640 bytes, is one piece of 4 KB (sides.cuh) and one bulk copy. Even parts (Deal) are
+// stream 0, which lies on side 0, odd ones stream 1; within a stream, with room for MOST_GROUPS groups of row tiles a part
+//
+//     part       |0                                           |2
+//     slice      |0                       |1                  |0
+//     stage      |0         |1         |..|0         |1       |
+//     row tile   |0 1 ..  11|0 1 ..  11|  |0 1 ..  11|0 ..    |
+//
+// so that a block's next stage is what follows in its stream. Which share a block has is not known before it runs: it takes the next one of
+// its multiprocessor's side by an atomic, or of the other side when there is none left.
+//     word 0                shares of side 0 that were taken
+//     word 1                blocks that have no more use for the words; the last one clears all: zero before and after
+//     word CLAIM_STRIDE     shares of side 1 that were taken, in a piece on side 1
+// Launches of one matrix that may be under way at once need words of their own.
+//
+// Cost     4.95 GB for the 3.55 GB of Falcon-7B's matrices, of which blocks read those 3.55.
+// Why      reads of the near side take 1 to 2.5 pJ a bit less (sides.cuh), where steps of 16 and more texts run against the power limit, and
+//          keep the link between the sides free. Measured: gptq_batch_wgmma.cu, Log and Start.
+// Tried    parts of two groups without room for a third, 4.5 GB: more instructions before a block's first copy. A share by %smid instead of
+//          an atomic, as decode_step has (one a multiprocessor; wrong if two blocks come to one): the same.
+#pragma once
+#include "batch_share.cuh"
+#include "sides.cuh"
+
+constexpr uint32_t NEAR_UNITS = 6;  // of a stage
+constexpr uint32_t NEAR_TILES = MOST_GROUPS * GROUP_TILES;
+constexpr uint32_t CLAIM_STRIDE = PIECE_BYTES / 4;
+
+// What is the same in all lanes, in a uniform register: what comes from shared memory or an atomic, the compiler takes for each lane's own.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
+
+struct NearShare {
+    uint32_t side, part, slice, warps;
+    uint32_t piece;  // the first, in the stream of that side
+};
+
+struct Near {
+    const uint8_t* base = nullptr;  // NULL: none
+    uint32_t sides, slices, stages, parts, each, more, stage_bytes;
+    uint64_t reciprocal;
+
+    __host__ __device__ Near() {}
+    Near(const GptqMatrix& w, const Slices& s, const Deal& d)
+        : base(w.near), sides(w.sides), slices(s.count), stages((max(s.units, s.last_units) + NEAR_UNITS - 1) / NEAR_UNITS), parts(d.parts),
+          each(d.each), more(d.more),
+          stage_bytes(NEAR_UNITS * (UNIT_CODE_BYTES + UNIT_SCALE_BYTES * w.scales_per_row * (1 + w.has_zeros))), reciprocal(d.reciprocal) {}
+
+    __host__ __device__ __forceinline__ uint32_t shares(uint32_t side) const { return (parts + 1 - side) / 2 * slices; }
+    // Of both streams, each as long as the longer one.
+    uint32_t pieces() const { return 2 * shares(0) * stages * NEAR_TILES; }
+    __device__ __forceinline__ NearShare share(uint32_t side, uint32_t number) const {
+        const uint32_t pair = (uint32_t)(number * reciprocal >> 32), part = pair * 2 + side;
+        return {side, part, number - pair * slices, (each + (part < more)) * GROUP_TILES, number * stages * NEAR_TILES};
+    }
+    __device__ __forceinline__ const uint8_t* piece(uint32_t stream, uint32_t n) const {
+        return base + (n * 2 + second_of_pair(sides, stream, n)) * (size_t)PIECE_BYTES;
+    }
+    // By a whole warp: the first stages of one share into L2, whichever block will have that.
+    __device__ __forceinline__ void bring(uint32_t count) const {
+        const uint32_t side = blockIdx.x % 2, number = blockIdx.x / 2, lane = threadIdx.x % 32;
+        if (number >= shares(side)) return;
+        const NearShare s = share(side, number);
+        if (lane >= s.warps) return;
+        for (uint32_t j = 0; j < min(count, stages); j++)
+            prefetch_bulk(piece(side, s.piece + j * NEAR_TILES + lane), stage_bytes);
+    }
+};
+
+// By one warp of a block: asks for a share, and has it some 700 cycles later.
+struct Claim {
+    const GptqClaims& c;
+    uint32_t side, number;
+
+    __device__ __forceinline__ Claim(const GptqClaims& c) : c(c) {
+        uint32_t multiprocessor;
+        asm("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
+        side = c.side_of[multiprocessor / 32 % (PEREGRINE_STEP_SMS / 32)] >> multiprocessor % 32 & 1;
+        number = next(side);
+    }
+    // Not an addition: the compiler would wait for that at once, as it adds up for the warp.
+    __device__ __forceinline__ uint32_t next(uint32_t side) const {
+        return threadIdx.x % 32 ? 0 : atomicInc(c.words + side * CLAIM_STRIDE, 1u << 31);
+    }
+    __device__ __forceinline__ NearShare take(const Near& near) const {
+        uint32_t got = uniform(number), from = side;
+        if (got >= near.shares(side)) {
+            from ^= 1, got = uniform(next(from));
+            if (got >= near.shares(from)) __trap();  // another launch has these words
+        }
+        return near.share(from, got);
+    }
+};
+// By one thread of each block, behind its last use of the words.
+__device__ __forceinline__ void claims_leave(const GptqClaims& c) {
+    if (atomicAdd(c.words + 1, 1) != gridDim.x - 1) return;
+    c.words[0] = c.words[1] = c.words[CLAIM_STRIDE] = 0;
+}
