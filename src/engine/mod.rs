@@ -179,6 +179,9 @@ impl Engine {
 
     /// Room for `slots` texts (1 to 64) that are answered together, each with a context of its own.
     ///
+    /// On Hopper the first batch of more than 8 lays the layers' weights once more in GPU memory (4.9 GB for Falcon-7B), if half of what is free
+    /// is enough: its steps take less time so. They stay as long as the engine.
+    ///
     /// # Errors
     /// As [`Engine::session`]; [`Error::Usage`] if `slots` is out of range.
     pub fn batch(&self, slots: usize, options: SessionOptions) -> Result<Batch> {

@@ -24,6 +24,7 @@ pub struct Int4Matrix {
     pub scales_per_row: usize,
     /// Zero points are stored; otherwise all are 8.
     pub has_zeros: bool,
+    /// 0: attention writes none of the inputs.
     attn_input: usize,
     near: OnceLock<Near>,
 }
@@ -50,13 +51,7 @@ impl Int4Matrix {
         Ok(Int4Matrix { units, row_factors, n, k, scales_per_row, has_zeros, attn_input: 0, near })
     }
 
-    /// The first of the inputs that attention writes, which are the last; 0: it writes none.
-    #[must_use]
-    pub fn attn_input(&self) -> usize {
-        self.attn_input
-    }
-
-    /// Attention writes the inputs from `first` on: each slice of `gptq_batch` on Hopper ends with its share of them.
+    /// Attention writes the inputs from `first` on, and none before: each slice of `gptq_batch` on Hopper ends with its share of them.
     #[must_use]
     pub fn with_attn_input(self, first: usize) -> Int4Matrix {
         Int4Matrix { attn_input: first, near: OnceLock::new(), ..self }

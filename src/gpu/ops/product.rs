@@ -94,7 +94,7 @@ pub struct Activations<'a> {
     /// Tokens.
     pub tokens: usize,
     /// For [`MatmulKernel::Batch`] right behind an `attn_decode` of as many tokens whose output is
-    /// [`awaited`](super::AttnOutput::awaited): its scratch. It writes the inputs from [`Int4Matrix::attn_input`] on; those before were there
+    /// [`awaited`](super::AttnOutput::awaited): its scratch. It writes the [last inputs](Int4Matrix::with_attn_input); those before were there
     /// before it, so the product overtakes it in a step that is captured (`src/gpu/overtake.rs`).
     pub attention: Option<&'a AttnScratch>,
 }
