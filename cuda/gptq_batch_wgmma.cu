@@ -18,8 +18,8 @@
 //          memory, and inputs were there 2 us after it began, when [down | dense] still waited for a word from attention.
 // Near     where there is a copy by the sides of L2 (near.cuh), blocks read that; which share one has it learns from an atomic.
 // Start    what a block does before it asks for its first weights, 64 times a step, is code that, it seems, has left its multiprocessor's
-//          cache: 200 instructions more there took 0.3 us more a product of 16 tokens, 0.9 of 32. (Steps of 16, 32 texts 1.216, 1.408 for
-//          1.190, 1.355: one kernel for both kinds of weights, which read plain ones; by the copy 1.197, 1.372. Where the constants lie, how
+//          cache: 200 instructions more there took 0.3 us more a product of 16 tokens, 0.9 of 32. (Steps of 16, 32 texts 1.211, 1.408 for
+//          1.188, 1.355: one kernel for both kinds of weights, which read plain ones; by the copy 1.197, 1.372. Where the constants lie, how
 //          copies are issued, counts of arrivals, a share from shared memory instead of the block's number: each alone nothing.)
 // In front of attention, row tiles of `qkv` are counted as they are stored, so that attention need not wait for the others (ready.cuh);
 //          blocks that have one group less, and end sooner, have them.
