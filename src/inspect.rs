@@ -170,6 +170,7 @@ pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
 /// with room for twelve tiles a part.
 fn near_bytes(config: &ModelConfig) -> u64 {
     const MULTIPROCESSORS: usize = 132;
+    // NEAR_UNITS of cuda/near.cuh, PEREGRINE_SLICE_UNITS of cuda/kernels.h.
     const STAGE_UNITS: usize = 6;
     const SLICE_UNITS: usize = 72;
     let product = |n: usize, k: usize, slices: usize| {

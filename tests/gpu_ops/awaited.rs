@@ -125,12 +125,12 @@ impl Layer {
     }
 }
 
-/// Attention that is awaited may have two head tiles a block, and then keys in another order, which changes its last bits.
-const UNAWARE_TOLERANCE: f64 = 2.4e-5;
+/// Attention that is awaited may have two head tiles a block, and then keys in another order, which changes its last bits. Measured: 1.0e-7.
+const UNAWARE_TOLERANCE: f64 = 4e-7;
 
 /// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, by plain units and by their
-/// copy, and about those of one that does not know of attention: with the 7B's shapes, where attention's inputs begin a slice, where they begin within one, and with one slice for all; at 27 to 32
-/// tokens a block of attention has two head tiles where the context is short.
+/// copy, and about those of one that does not know of attention: with the 7B's shapes, where attention's inputs begin a slice, where they
+/// begin within one, and with one slice for all; at 27 to 32 tokens a block of attention has two head tiles where the context is short.
 #[test]
 fn gptq_batch_awaits_attention() {
     let Some((_, stream)) = gpu() else { return };

@@ -65,14 +65,16 @@ fn check_sliced(
     attn_input: usize,
 ) {
     let matrix = || repack(stream, q.n, q.k, &[(q, 0, 0)]).with_attn_input(attn_input);
-    let (w, mut copies) = (matrix(), Vec::new());
-    if kernel == MatmulKernel::Batch {
+    let w = matrix();
+    let by_copy = (kernel == MatmulKernel::Batch).then(|| {
         let copied = matrix();
         copied.lay_near(stream, slices).unwrap();
-        let bytes = copied.bytes() - copied.plain_bytes();
-        eprintln!("[{}, {}]: {bytes} bytes of copy, sides: {}", q.n, q.k, stream.sides().is_some());
-        copies.push(copied);
-    }
+        // There is one where L2 has sides and the kernel is Hopper's, if each slice has a stage: else the bits below are compared with their own.
+        let last_units = q.k / 64 - (slices - 1) * (q.k / 64).div_ceil(slices);
+        let wanted = stream.sides().is_some() && cfg!(peregrine_sm90) && last_units >= 6;
+        assert_eq!(copied.bytes() > copied.plain_bytes(), wanted, "[{}, {}]: a copy", q.n, q.k);
+        copied
+    });
     for &m in tokens {
         let x = Random::new(seed + m as u64).halves(m * q.k, 1.0);
         let want = reference::gptq_matmul(&to_f32(&x), &q.tensor());
@@ -86,7 +88,7 @@ fn check_sliced(
         );
         let again = run_partials(stream, kernel, &w, &x, m, slices);
         assert!(same_bits(&got, &again), "{kernel:?} m {m}: second run differs");
-        for copy in &copies {
+        if let Some(copy) = &by_copy {
             let got_by_copy = run_partials(stream, kernel, copy, &x, m, slices);
             assert!(same_bits(&got, &got_by_copy), "{kernel:?} [{}, {}] m {m}: by the copy", q.n, q.k);
         }
