@@ -1,4 +1,4 @@
-//! Compiles `cuda/*.cu` with nvcc and turns `cuda/kernels.h` into Rust. Without the feature `cuda` it does nothing.
+//! Compiles `cuda/*.cu` with nvcc and turns `cuda/kernels.h` and `cuda/probes.h` into Rust. Without the feature `cuda` it does nothing.
 //!
 //! - nvcc is `$NVCC`, or in `$CUDA_HOME/bin`, on the PATH, or where `make cuda` puts it (`.cuda/`).
 //! - Each `.cu` is an object of its own and is compiled again only when it, a header or the flags changed.
@@ -258,7 +258,7 @@ mod cuda {
         Ok(())
     }
 
-    /// `cuda/kernels.h` -> `$OUT_DIR/kernels.rs`.
+    /// `cuda/kernels.h` and `cuda/probes.h` -> `$OUT_DIR/kernels.rs`.
     #[allow(unsafe_code)] // set_var
     fn bind(root: &Path, out: &Path) -> Result<()> {
         let wheel = root.join(".cuda/clang/native");
@@ -275,9 +275,9 @@ mod cuda {
         std::panic::set_hook(Box::new(|_| {}));
         let made = std::panic::catch_unwind(|| {
             bindgen::Builder::default()
-                .header(root.join("cuda/kernels.h").to_string_lossy())
+                .header(root.join("cuda/probes.h").to_string_lossy()) // and with it kernels.h
                 .clang_arg(format!("-isystem{include}"))
-                .allowlist_file(".*kernels\\.h")
+                .allowlist_file(".*/(kernels|probes)\\.h")
                 .derive_default(true)
                 .derive_debug(false)
                 .layout_tests(true)
@@ -286,7 +286,7 @@ mod cuda {
         std::panic::set_hook(hook);
         match made {
             Ok(Ok(bindings)) => bindings.write_to_file(out.join("kernels.rs")).map_err(|e| e.to_string()),
-            Ok(Err(e)) => Err(format!("cuda/kernels.h: {e}")),
+            Ok(Err(e)) => Err(format!("cuda/kernels.h, cuda/probes.h: {e}")),
             Err(_) => Err(format!("bindgen found no libclang: {REMEDY}")),
         }
     }

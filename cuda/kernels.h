@@ -1,5 +1,5 @@
-// The one definition of everything that crosses the language line: parameter structs and launchers of every op.
-// build.rs turns this file into Rust with bindgen; it includes <stdint.h> only, so that needs no CUDA headers.
+// The one definition of everything that crosses the language line: parameter structs and launchers of every op; those that ask what a GPU
+// is like are in probes.h. build.rs turns both files into Rust with bindgen; they include <stdint.h> only, so that needs no CUDA headers.
 //
 // Conventions. f16 is uint16_t bits here. `[m, n] f16` means m rows of n, row-major. Every pointer is device memory unless
 // it says host. `tokens` (M) is the number of tokens in a call; what each one is stands in a StepToken.
@@ -372,44 +372,6 @@ typedef struct StartParams {
     uint32_t length, position, vocab, slot, slots, out_capacity;
 } StartParams;
 int32_t start(const StartParams* p, const Launch* l);
-
-// unpack_check: counts the products of a code as a subnormal f16 and a finite f16, and the sums of a unit's, that mma.sync gives exactly.
-// All there are: 2 places x 16 codes x finite f16; 8192 units x 16 rows x 8 columns.
-#define PEREGRINE_UNPACK_PRODUCTS (2 * 16 * 63488)
-#define PEREGRINE_UNPACK_SUMS (8192 * 16 * 8)
-typedef struct UnpackCheckParams {
-    uint32_t* exact;  // two values, zero before: products, sums
-} UnpackCheckParams;
-int32_t unpack_check(const UnpackCheckParams* p, const Launch* l);
-
-// stream_read: reads `bytes` bytes once. For measuring.
-typedef struct StreamReadParams {
-    const uint8_t* data;
-    uint32_t* mix;    // one value: exclusive or of all words, so that the reads are not optimised away
-    uint64_t bytes;   // a multiple of 16
-    uint32_t blocks;
-} StreamReadParams;
-int32_t stream_read(const StreamReadParams* p, const Launch* l);
-
-// mma_peak: dense f16 products whose operands never move. For measuring.
-typedef struct MmaPeakParams {
-    float* sum;       // one value, never written: keeps the products
-    float* flop;      // one value, or NULL: then nothing is multiplied, and the FLOP of a round of one block are written here
-    uint32_t rounds;
-    uint32_t blocks;
-} MmaPeakParams;
-int32_t mma_peak(const MmaPeakParams* p, const Launch* l);
-
-// sides: how many cycles atomics on each of some pieces of memory take each multiprocessor, measured one after the other.
-typedef struct SidesParams {
-    uint32_t* data;          // pieces of PEREGRINE_PIECE_BYTES; written, but not changed
-    const uint32_t* pieces;  // [count] numbers of pieces of data, not clamped
-    uint32_t* cycles;        // [blocks, count]
-    uint32_t* smid;          // [blocks] multiprocessor of each block, no two of the same
-    uint32_t* turn;          // one value, zero before
-    uint32_t count, blocks;  // blocks <= multiprocessors
-} SidesParams;
-int32_t sides(const SidesParams* p, const Launch* l);
 
 // The text of a launcher's positive code.
 const char* launch_error_name(int32_t code);

@@ -5,6 +5,7 @@
 // Measured 903 to 906 TFLOP/s on an H200, 4000 rounds in 132 blocks.
 // Cost     262144 FLOP an instruction, 64 cycles of a multiprocessor; 2000 rounds are some 2 ms on an H200.
 #include "launch.cuh"
+#include "probes.h"
 
 namespace {
 

@@ -6,6 +6,7 @@
 // the line to L2 and the page's address to the TLB. Atomics are done in L2 itself, so no L1 hides where that is.
 // Measured 293 to 352 cycles near, 464 to 555 far, of 423 pieces on an H200 by one multiprocessor: none between.
 #include "launch.cuh"
+#include "probes.h"
 
 namespace {
 

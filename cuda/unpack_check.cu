@@ -8,6 +8,7 @@
 // Mapping  one warp a block of 8 activations (the columns); rows g hold code g, then code g + 8. Then a unit of codes and 8 columns of
 //          activations of its own.
 #include "launch.cuh"
+#include "probes.h"
 #include "units.cuh"
 
 namespace {
