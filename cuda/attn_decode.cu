@@ -73,12 +73,6 @@ struct ToRows {
 constexpr uint32_t WARPS = 4;
 constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a warp
 
-// Of a token with fewer keys a block may have two head tiles, two warps each.
-constexpr uint32_t PAIRED_KEYS = WARPS / 2 * PEREGRINE_ATTN_CHUNK;
-
-// Of a block, which may have two head tiles (ready.cuh).
-constexpr uint32_t BLOCK_PARTS = 2;
-
 // Blocks that share the context of a token.
 __host__ __device__ __forceinline__ uint32_t blocks_of(uint32_t position) {
     return (position / ATTN_ROUND + WARPS * MOST_ROUNDS) / (WARPS * MOST_ROUNDS);
@@ -97,43 +91,52 @@ __device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const A
     }
 }
 
-// PAIRED: short contexts, see `paired`.
-template <bool PAIRED>
+// The words by which products know of attention, behind those of join_chunks.
+__device__ __forceinline__ uint32_t* ready_words(const AttnDecodeParams& p) {
+    return p.awaited ? p.arrivals + p.tokens * attn_head_tiles(p.heads) : nullptr;
+}
+// By the whole block, in front of the first read of `qkv`.
+__device__ __forceinline__ void wait_qkv(const AttnDecodeParams& p, const uint32_t* ready) {
+    if (!ready) return wait_previous();
+    if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
+    __syncthreads();
+}
+// By a warp that has stored its heads, or had none to store: one of `parts` parts is done. `first`: the first thread of those.
+__device__ __forceinline__ void leave(uint32_t* ready, uint32_t parts, bool first) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ready_end(ready, 1);
+    if (!ready) return;
+    wait_previous();
+    if (first) ready_before(ready, parts);
+}
+
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
     __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
-    const uint32_t warp = threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
-    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
-    const uint32_t m = blockIdx.z;
-    const AttnToken t = token_of(p, m);
-    const bool pair = PAIRED && t.position < PAIRED_KEYS;
-    const AttnItem item = {m, pair ? blockIdx.y * 2 + warp / 2 : blockIdx.y, blockIdx.x};
-    const uint32_t blocks = blocks_of(t.position), team = pair ? WARPS / 2 : WARPS, member = warp % team;
-    if (item.chunk >= blocks || (pair && blockIdx.y * 2 >= tiles)) {
+    const uint32_t warp = threadIdx.x / 32;
+    uint32_t* ready = ready_words(p);
+    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
+    const AttnToken t = token_of(p, item.token);
+    const uint32_t blocks = min(blocks_of(t.position), gridDim.x);
+    if (item.chunk >= blocks) {
         if (ready) __syncthreads();  // all have read their token
-        if (threadIdx.x == 0) ready_idle(ready, BLOCK_PARTS);
+        if (threadIdx.x == 0) ready_idle(ready, 1);
         return;  // the grid is not over before those that wait
     }
-    const uint32_t rounds = pair && item.head_tile >= tiles ? 0 : t.position / ATTN_ROUND + 1;
-    const uint32_t own = (rounds + team * blocks - 1) / (team * blocks);
-    const uint32_t first = (item.chunk * team + member) * own;
+    const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
+    const uint32_t first = (item.chunk * WARPS + warp) * own;
     if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
-    if (ready) {
-        if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
-        __syncthreads();
-    } else {
-        wait_previous();
-    }
+    wait_qkv(p, ready);
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
-    // Of four warps 2 and 3 join 0 and 1, then 1 joins 0; of two 1 joins 0. Warps that have no keys are the last ones.
+    // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
     static_assert(WARPS == 4, "no two joins use the same memory");
-    const auto place = [&](uint32_t warp) { return states[pair ? warp / 2 : warp % 2] + threadIdx.x % 32; };
+    const auto place = [&](uint32_t warp) { return states[warp % 2] + threadIdx.x % 32; };
 #pragma unroll
     for (uint32_t distance = WARPS / 2; distance; distance /= 2) {
-        if (member >= distance && member < 2 * distance) store_state(place(warp), state);
+        if (warp >= distance && warp < 2 * distance) store_state(place(warp), state);
         __syncthreads();
-        if (member < distance && first + distance * own < rounds) {
+        if (warp < distance && first + distance * own < rounds) {
             AttnQuads other;
             const float4* from = place(warp + distance);
 #pragma unroll
@@ -141,29 +144,44 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
             merge(state, other);
         }
     }
-    if (member > 0) return;
-    if (rounds > 0 && (blocks == 1 || join_chunks(state, p, item, blocks))) store_heads(state, p, item, ToRows{p.out, p.out_stride});
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ready_end(ready, pair ? BLOCK_PARTS / 2 : BLOCK_PARTS);
-    if (!ready) return;
-    wait_previous();
-    // Of a block that always has work.
-    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) ready_before(ready, BLOCK_PARTS * gridDim.x * gridDim.y * gridDim.z);
+    if (warp > 0) return;
+    if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    // The first block always has work.
+    leave(ready, gridDim.x * gridDim.y * gridDim.z, blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0);
 }
 
-// Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, but not if they have two head tiles each: [down |
-// dense] begins when all have begun.
-bool paired(const AttnDecodeParams& p) {
-    const uint32_t tiles = attn_head_tiles(p.heads), room = hopper_multiprocessors<attn_decode_kernel<true>>();
-    return p.awaited && p.tokens * tiles > room && p.tokens * ((tiles + 1) / 2) <= room;
+// Short contexts of many tokens: a warp has all keys of a head tile.
+__global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_solo_kernel(const __grid_constant__ AttnDecodeParams p) {
+    overlap_next();
+    const uint32_t number = blockIdx.x * WARPS + threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
+    uint32_t* ready = ready_words(p);
+    const AttnItem item = {number / tiles, number % tiles, 0};
+    const bool work = item.token < p.tokens;
+    const AttnToken t = token_of(p, min(item.token, p.tokens - 1));
+    if (work && item.head_tile == 0) prefetch_keys(p, t, 0, t.position);
+    wait_qkv(p, ready);
+    AttnState state;
+    if (work) {
+        attend_keys(state, p, item, t, 0, t.position + 1, Plain());
+        store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    }
+    leave(ready, gridDim.x * WARPS, number + threadIdx.x == 0);
+}
+
+// Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, and a warp's work is short: [down | dense] begins
+// when all have begun.
+bool solo(const AttnDecodeParams& p) {
+    const uint32_t room = hopper_multiprocessors<attn_decode_solo_kernel>();
+    return room && p.tokens * attn_head_tiles(p.heads) > room && p.reach <= PEREGRINE_ATTN_SOLO;
 }
 
 }  // namespace
 
 extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
-        p->out_stride % 8 || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
+        p->out_stride % 8 || p->reach == 0 || p->reach > p->max_context || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const dim3 grid(blocks_of(p->max_context - 1), attn_head_tiles(p->heads), p->tokens);
-    return launch(paired(*p) ? attn_decode_kernel<true> : attn_decode_kernel<false>, grid, WARPS * 32, 0, l, *p);
+    const uint32_t tiles = attn_head_tiles(p->heads);
+    if (solo(*p)) return launch(attn_decode_solo_kernel, dim3((p->tokens * tiles + WARPS - 1) / WARPS), WARPS * 32, 0, l, *p);
+    return launch(attn_decode_kernel, dim3(blocks_of(p->reach - 1), tiles, p->tokens), WARPS * 32, 0, l, *p);
 }

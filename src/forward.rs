@@ -21,8 +21,8 @@ use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::Weights;
 
-/// Up to this many tokens a layer's last product overtakes its attention. Attention of more fills the GPU, and a product's blocks beside it
-/// delay both.
+/// Up to this many tokens a layer's last product overtakes its attention, and with more where contexts are short. Attention of more fills
+/// the GPU, and a product's blocks beside it delay both.
 const AWAITING_TOKENS: usize = 32;
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
@@ -33,6 +33,8 @@ pub(crate) struct Pass<'a> {
     pub(crate) cache: &'a mut KvCache,
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) step: &'a DevBuf<u32>,
+    /// Every token's position is less.
+    pub(crate) reach: usize,
     /// What the persistent kernel works in; `None`: one kernel an op.
     pub(crate) decode: Option<&'a mut DecodeScratch>,
 }
@@ -177,7 +179,7 @@ impl Pass<'_> {
         let (stream, heads, table) = (self.stream, self.config.num_heads, &self.weights.rope_table);
         let (few, awaited) = (Self::few(tokens), self.awaits_attention(index, tokens));
         let s = &mut *self.scratch;
-        let tokens = tokens.of(&s.step_tokens, self.step);
+        let tokens = tokens.of(&s.step_tokens, self.step).within(self.reach);
         let cache = &mut self.cache.layers[index];
         let output = AttnOutput {
             out: &mut s.wide,
@@ -205,7 +207,7 @@ impl Pass<'_> {
         let m = tokens.count();
         next && built_in
             && Self::few(tokens)
-            && m <= AWAITING_TOKENS
+            && (m <= AWAITING_TOKENS || self.reach <= ops::ATTN_SOLO)
             && self.kernel(tokens) == MatmulKernel::Batch
     }
 

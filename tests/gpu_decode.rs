@@ -13,6 +13,7 @@ use std::sync::Arc;
 use peregrine::checkpoint::Checkpoint;
 use peregrine::cuda::{CudaBatch, CudaModel, CudaTimeline};
 use peregrine::engine::{Device, Engine, GenerationStats, SessionOptions, StopReason};
+use peregrine::gpu::ops::ATTN_SOLO;
 use peregrine::sampler::{Sampled, Sampling};
 use peregrine::{Error, Result};
 
@@ -299,6 +300,43 @@ fn cuda_a_batch_gives_each_slot_its_tokens() {
                 assert_eq!(given, alone[..slots], "{way}, {slots} slots, {sampling:?}");
             }
         }
+    }
+}
+
+/// Steps are captured for classes of contexts. A text that grows out of one has the same tokens, to the last bit of their probabilities,
+/// as in a batch whose steps are for longer contexts from the start.
+#[test]
+fn cuda_a_text_grows_into_the_next_class_of_contexts() {
+    let Some(model) = model("a").map(Arc::new) else { return };
+    let long: Vec<u32> = golden::goldens("a")[2].ids.iter().copied().cycle().take(700).collect();
+    let sampling = Sampling { ignore_eos: true, ..Sampling::greedy().max_new_tokens(40) };
+    let given = |last: usize| {
+        let lengths = [30, ATTN_SOLO - 20, 64, 7, 128, 400, 1, 65, 300, last];
+        let prompts = lengths.map(|length| long[..length].to_vec());
+        let mut batch = CudaBatch::new(Arc::clone(&model), prompts.len(), 1024).expect("batch");
+        let mut given = vec![Vec::new(); prompts.len()];
+        // Again with what was captured.
+        for _ in 0..2 {
+            for (slot, ids) in prompts.iter().enumerate() {
+                batch.rewind(slot, 0).expect("rewind");
+                batch.prefill(slot, ids).expect("prefill");
+            }
+            let histories: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+            batch.begin(&sampling, &[], &histories).expect("begin");
+            for _ in 0..40 {
+                let tokens = batch.next_step().expect("next_step");
+                tokens.iter().zip(&mut given).for_each(|(token, given)| {
+                    given.push(token.map(|token| (token.id, token.logprob.to_bits())));
+                });
+            }
+        }
+        given
+    };
+    let (grown, long) = (given(8), given(600));
+    for (slot, (grown, long)) in grown[..9].iter().zip(&long).enumerate() {
+        assert!(grown.iter().all(Option::is_some), "slot {slot}");
+        assert!(grown[..40] == grown[40..], "slot {slot}: the second time differs");
+        assert!(grown == long, "slot {slot}: {grown:?}, beside a long text {long:?}");
     }
 }
 

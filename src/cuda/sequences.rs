@@ -15,7 +15,7 @@ use super::{CudaModel, persistent};
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, DecodeScratch, GEMV_TOKENS, HEAD_TOKENS, SamplerShape, SamplerState};
+use crate::gpu::ops::{self, ATTN_SOLO, DecodeScratch, GEMV_TOKENS, HEAD_TOKENS, SamplerShape, SamplerState};
 use crate::gpu::{Arrival, StepFault, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::Sampling;
@@ -26,11 +26,14 @@ const PREFILL_TOKENS: usize = 2048;
 /// Steps the GPU may be ahead of the host.
 pub(super) const AHEAD: usize = 2;
 
-/// How the tokens of a generation are chosen, and the step captured for that.
+/// Positions of a class of contexts: a step of one kernel an op is captured for all that are not longer.
+const CLASS_POSITIONS: usize = ATTN_SOLO;
+
+/// How the tokens of a generation are chosen, and the steps captured for that, one for each class of contexts that it has come to.
 struct Plan {
     sampling: Sampling,
     stop_ids: Vec<u32>,
-    graph: Option<StepGraph>,
+    graphs: Vec<Option<StepGraph>>,
 }
 
 pub(super) struct Sequences {
@@ -42,6 +45,8 @@ pub(super) struct Sequences {
     decode: Option<DecodeScratch>,
     sampler: SamplerState,
     plan: Option<Plan>,
+    /// Where each slot's next token comes, or before that if the slot has ended: the steps queued are counted here, not those done.
+    ends: Vec<usize>,
 }
 
 impl Drop for Sequences {
@@ -83,7 +88,7 @@ impl Sequences {
         let rows = if slots == 1 && decode.is_some() { GEMV_TOKENS } else { slots };
         let shape = SamplerShape { slots, rows, vocab: config.vocab_size, max_context };
         let sampler = SamplerState::new(model.gpu(), stream, shape)?;
-        Ok(Sequences { slots, cache, scratch, decode, sampler, plan: None, model })
+        Ok(Sequences { slots, cache, scratch, decode, sampler, plan: None, ends: vec![0; slots], model })
     }
 
     /// Positions of each.
@@ -96,8 +101,10 @@ impl Sequences {
         self.scratch.tokens
     }
 
-    fn pass(&mut self) -> Pass<'_> {
+    /// A pass over tokens whose positions are less than `reach`.
+    fn pass(&mut self, reach: usize) -> Pass<'_> {
         Pass {
+            reach,
             stream: self.model.stream(),
             config: self.model.config(),
             weights: self.model.weights(),
@@ -128,7 +135,7 @@ impl Sequences {
         self.check(ids, position)?;
         let words = ops::step_token_words(ids, position, slot)?;
         self.scratch.step_tokens.upload(self.model.stream(), 0, &words)?;
-        self.pass().run(Tokens::Prompt(ids.len()))
+        self.pass(position + ids.len()).run(Tokens::Prompt(ids.len()))
     }
 
     /// Appends `ids` in as few passes as there is room for; the logits of the last one become row `slot`, which the slot's first
@@ -148,7 +155,7 @@ impl Sequences {
 
     /// Logits of tokens `first .. first + count` (at most [`HEAD_TOKENS`]) of the last append, into rows `row ..`.
     pub(super) fn head(&mut self, first: usize, count: usize, row: usize) -> Result<()> {
-        self.pass().head(first, count, row)
+        self.pass(0).head(first, count, row)
     }
 
     /// Rows of the logits, `[count, vocab]`, after everything queued.
@@ -175,12 +182,11 @@ impl Sequences {
             token[3] = first;
         }
         self.sampler.step.upload(self.model.stream(), 0, &words)?;
-        let rows = self.slots;
-        self.pass().step(rows)
+        let (rows, last) = (self.slots, tokens.iter().map(|&(_, position)| position).max());
+        self.pass(last.unwrap_or(0) + 1).step(rows)
     }
 
-    /// Sets how tokens are chosen; captures the step for it, unless that is done or switched off. The GPU is busy with the prompt
-    /// then.
+    /// Sets how tokens are chosen. Steps captured for something else are forgotten.
     pub(super) fn plan(&mut self, sampling: &Sampling, stop_ids: &[u32]) -> Result<()> {
         let speculate = sampling.speculate && self.slots == 1 && self.decode.is_some();
         let sampling = Sampling { speculate, ..sampling.clone() };
@@ -188,31 +194,57 @@ impl Sequences {
             return Ok(());
         }
         // A graph that is still running is freed when it is done.
-        self.plan = None;
-        let switches = crate::trace::switches();
-        let graph = if switches.no_graph || switches.sync {
-            None
-        } else {
-            let model = Arc::clone(&self.model);
-            Some(StepGraph::capture(model.stream(), |stream| self.step_on(stream, &sampling, stop_ids))?)
-        };
-        self.plan = Some(Plan { sampling, stop_ids: stop_ids.to_vec(), graph });
+        self.plan = Some(Plan { sampling, stop_ids: stop_ids.to_vec(), graphs: Vec::new() });
         Ok(())
     }
 
-    fn step_on(&mut self, stream: &Stream, sampling: &Sampling, stop_ids: &[u32]) -> Result<()> {
+    /// A step: the tokens chosen last are appended, and the next ones chosen. As a graph, unless that is switched off: the first of a
+    /// class is captured, while the GPU is busy with the prompt or the steps in front.
+    fn step(&mut self, plan: &mut Plan) -> Result<()> {
+        let class = self.class();
+        let reach = ((class + 1) * CLASS_POSITIONS).min(self.cache.max_context);
+        self.ends.iter_mut().for_each(|end| *end += 1);
+        let model = Arc::clone(&self.model);
+        let Plan { sampling, stop_ids, graphs } = plan;
+        let switches = crate::trace::switches();
+        if switches.no_graph || switches.sync {
+            return self.step_on(model.stream(), reach, sampling, stop_ids);
+        }
+        graphs.resize_with(graphs.len().max(class + 1), || None);
+        if graphs[class].is_none() {
+            let step = |stream: &Stream| self.step_on(stream, reach, sampling, stop_ids);
+            graphs[class] = Some(StepGraph::capture(model.stream(), step)?);
+        }
+        graphs[class].as_mut().map_or(Ok(()), StepGraph::launch)
+    }
+
+    fn step_on(
+        &mut self,
+        stream: &Stream,
+        reach: usize,
+        sampling: &Sampling,
+        stop_ids: &[u32],
+    ) -> Result<()> {
         let rows = self.slots;
-        Pass { stream, ..self.pass() }.step(rows)?;
+        Pass { stream, ..self.pass(reach) }.step(rows)?;
         ops::sample(stream, &mut self.sampler, &self.scratch.logits, sampling, stop_ids)
+    }
+
+    /// The class of the longest context that the next step appends to. One step of the persistent kernel is for all.
+    fn class(&self) -> usize {
+        let longest = self.ends.iter().copied().max().unwrap_or(0).min(self.cache.max_context - 1);
+        if self.decode.is_some() { 0 } else { longest / CLASS_POSITIONS }
     }
 
     /// Makes `history` a slot's history, and row `slot` of the logits what its first token is chosen from.
     pub(super) fn start(&mut self, slot: usize, history: &[u32]) -> Result<()> {
+        self.ends[slot] = history.len();
         ops::start(self.model.stream(), &mut self.sampler, slot, history)
     }
 
     /// A slot of `position` tokens gives none until it is started again. Steps of the others write behind them.
     pub(super) fn stop(&mut self, slot: usize, position: usize) -> Result<()> {
+        self.ends[slot] = position;
         ops::stop(self.model.stream(), &mut self.sampler, slot, position)
     }
 
@@ -224,10 +256,10 @@ impl Sequences {
         let Some(mut plan) = self.plan.take() else {
             return Err(Error::Usage("no generation was begun".into()));
         };
-        let queued = match &mut plan.graph {
-            Some(graph) if appends => graph.launch(),
-            _ if appends => self.step_on(stream, &plan.sampling, &plan.stop_ids),
-            _ => ops::sample(stream, &mut self.sampler, &self.scratch.logits, &plan.sampling, &plan.stop_ids),
+        let queued = if appends {
+            self.step(&mut plan)
+        } else {
+            ops::sample(stream, &mut self.sampler, &self.scratch.logits, &plan.sampling, &plan.stop_ids)
         };
         self.plan = Some(plan);
         queued?;

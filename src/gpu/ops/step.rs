@@ -23,19 +23,27 @@ pub struct StepTokens<'a> {
     pub first: usize,
     /// Tokens of the call.
     pub count: usize,
+    /// Every token's position is less; no more positions than the cache has, if that says less.
+    pub reach: usize,
 }
 
 impl<'a> StepTokens<'a> {
     /// The tokens at the start of a buffer, as a prompt has them.
     #[must_use]
     pub fn list(words: &'a DevBuf<u32>, count: usize) -> StepTokens<'a> {
-        StepTokens { words, first: 0, count }
+        StepTokens { words, first: 0, count, reach: usize::MAX }
     }
 
     /// The tokens of a `Step`.
     #[must_use]
     pub fn step(words: &'a DevBuf<u32>, count: usize) -> StepTokens<'a> {
-        StepTokens { words, first: STEP_FIRST, count }
+        StepTokens { words, first: STEP_FIRST, count, reach: usize::MAX }
+    }
+
+    /// The same, whose positions are all less than `reach`. Attention then does not look for longer contexts.
+    #[must_use]
+    pub fn within(self, reach: usize) -> StepTokens<'a> {
+        StepTokens { reach, ..self }
     }
 
     pub(super) fn ptr(self, op: &str, stream: &Stream) -> Result<*const ffi::StepToken> {
