@@ -2,10 +2,10 @@
 // Reference: src/reference.rs::rope, attention
 // Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
 // Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
-//          fewer where the context is short. With more blocks at work than there is room beside [qkv ; up], 27 to 32 tokens here, a block of
-//          a short context has two head tiles, of two warps each. The warps' states are joined in shared memory, those of more than 512
-//          keys through global memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the
-//          context leave at once.
+//          fewer where the context is short. The warps' states are joined in shared memory, those of more than 512 keys through global
+//          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
+//          Where those would be more than there is room for beside [qkv ; up], and `reach` says that contexts are short, a team of two
+//          warps or one has all keys of a head tile, and a block two or four head tiles: 27 to 52 and 53 to 64 tokens here.
 //          A block fits beside one of gptq_gemv or its like: it waits there for the queries, and asks L2 for the cached keys and values.
 // Reads    tokens and cached keys before wait_previous(): what wrote them is complete when a kernel begins behind embed (launch.cuh).
 // Awaited  it begins before the product in front has ended, when the rows of `qkv` are there, and the product behind it before it has,
@@ -20,6 +20,10 @@
 //          took 5.1, 5.7, 6.8 and 11.5, 12.3, 22.3.
 //          A layer of 32 texts in a harness, behind which [down | dense] does not wait: at 128 41.8 us with two head tiles a block, 44.5 with
 //          one, since the last 28 blocks then begin, and with them the product, when the first have ended; at 200 42.5 and 45.5.
+//          Of a layer of 64 at 128 by stamps, with four warps a head tile: [qkv ; up] stored at 25.3 us, attention begun 19 to 26, done 33.2,
+//          and then alone had [down | dense] its inputs, at 34.1. Since that overtakes a warp a head tile: 2.021 ms for 2.114, 48 texts
+//          (two warps) 1.733 for 1.832; fastest tenths 1.759 for 1.863, 1.519 for 1.660. At 512 to 632 64 2.356 for 2.358, 32 1.554 for
+//          1.600, but at 900 2.830 for 2.551, 1.733 for 1.680: hence PEREGRINE_ATTN_SHORT.
 //          Ahead of the rest of [qkv ; up], steps by turns: 16 texts at 300, 1024 1.272, 1.505 ms where 1.283, 1.573; 32 at 1024, 1900 1.712,
 //          2.026 where 1.751, 2.079 (fastest tenths). At 128 it cost 0.2 to 0.9 %, until [down | dense] had its first weights in L2: 1.208
 //          for 1.214, 32 texts the same. Of a layer of 16 at 128, by stamps: queries 13.3 us after [qkv ; up] has its inputs, all done at
@@ -33,19 +37,16 @@
 //          2.19. One block a multiprocessor that takes item after item: 64 texts alone 10.5 us at 128, 52 at 1024. Keys and values of a
 //          warp's first 32 keys in registers before the wait, a round ahead after it, 168 registers: 1.75 ms where 1.70 (16 texts), alone
 //          18.4 us where 14.0 (32 texts at 1024). No prefetch: 1.60 ms where 1.55.
-//          33, 40, 48, 64 texts at 128, each head tile by one warp, so that there are 80 blocks for 64, and [down | dense] does not wait
-//          for attention, with 96 registers in gptq_batch: steps of 1.60, 1.64, 1.83, 1.97 ms by turns where 1.71, 1.77, 1.94, 2.22, in
-//          another run 2.27 where 2.20 with 64 (power makes them differ); but at 1024 4.35 for 2.72 with 64 (and 104 registers), with 32
-//          1.98 for 1.85, and the graph knows no position. Blocks for both in one grid, of which those not wanted leave: 48 texts 1.86 for
-//          1.88, 64 2.09 for 2.18, at 280 and 900 2.25 for 2.26, 2.56 for 2.68, if those that stay come last; 1.93 for 1.92, 2.25 for 2.24
-//          if in order; 64 2.36 for 2.20, 40 1.80 for 1.75 with a warp a tile behind blocks for long contexts.
+//          A grid of four warps a head tile that covers `reach` alone, of which no block leaves at once: 16 texts at 512, 900 1.283, 1.400
+//          for 1.250, 1.341, at 128 the same; not understood. Blocks for short and for long contexts in one grid, of which those not wanted
+//          leave: 48, 64 texts at 128 1.86, 2.09 for 1.88, 2.18, at 900 2.56 for 2.68 (64).
 //          [down | dense] that waits for [qkv ; up] itself and not for a word from here, ms for ms, 16 texts: by edges of the graph
 //          (src/gpu/overtake.rs) 1.194 for 1.205, and without a fence in blocks that have no work 1.188. Attention in a stream of its own,
 //          begun by a programmatic event, 1.196, if the norm is launched when attention's blocks have counted that they have begun, 1.209,
 //          if when it has ended; if at once, all hangs: the next layer's [qkv ; up], it seems, waits for room in front of attention's blocks.
 //          By an event of their launch in a stream 1.343: capturing makes it an edge that wait_previous() waits for. By a plain event 1.304;
 //          overlapping the attention of the layer before 1.297. Without attention, and with that wait, 1.176, 1.348 (16, 32; wrong).
-// Spills   12 bytes with two head tiles; 12 and 20 on sm_80.
+// Spills   8 and 16 bytes on sm_80, by teams of two warps and of one.
 #include "launch.cuh"
 #include "attn_decode.cuh"
 #include "ready.cuh"
@@ -91,52 +92,44 @@ __device__ __forceinline__ void prefetch_keys(const AttnDecodeParams& p, const A
     }
 }
 
-// The words by which products know of attention, behind those of join_chunks.
-__device__ __forceinline__ uint32_t* ready_words(const AttnDecodeParams& p) {
-    return p.awaited ? p.arrivals + p.tokens * attn_head_tiles(p.heads) : nullptr;
-}
-// By the whole block, in front of the first read of `qkv`.
-__device__ __forceinline__ void wait_qkv(const AttnDecodeParams& p, const uint32_t* ready) {
-    if (!ready) return wait_previous();
-    if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
-    __syncthreads();
-}
-// By a warp that has stored its heads, or had none to store: one of `parts` parts is done. `first`: the first thread of those.
-__device__ __forceinline__ void leave(uint32_t* ready, uint32_t parts, bool first) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ready_end(ready, 1);
-    if (!ready) return;
-    wait_previous();
-    if (first) ready_before(ready, parts);
-}
-
+// TEAM warps share an item, and a block has as many items as that leaves: all keys of each, unless one item has the whole block.
+template <uint32_t TEAM>
 __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_kernel(const __grid_constant__ AttnDecodeParams p) {
     overlap_next();
-    __shared__ float4 states[WARPS / 2][ATTN_STATE_QUADS * 32];
-    const uint32_t warp = threadIdx.x / 32;
-    uint32_t* ready = ready_words(p);
-    const AttnItem item = {blockIdx.z, blockIdx.y, blockIdx.x};
-    const AttnToken t = token_of(p, item.token);
-    const uint32_t blocks = min(blocks_of(t.position), gridDim.x);
+    __shared__ float4 states[TEAM > 1 ? WARPS / 2 : 1][TEAM > 1 ? ATTN_STATE_QUADS * 32 : 1];
+    const uint32_t warp = threadIdx.x / 32, member = warp % TEAM, tiles = attn_head_tiles(p.heads);
+    uint32_t* ready = p.awaited ? p.arrivals + p.tokens * tiles : nullptr;
+    const uint32_t number = blockIdx.y * (WARPS / TEAM) + warp / TEAM;  // of an item
+    const AttnItem item =
+        TEAM == WARPS ? AttnItem{blockIdx.z, blockIdx.y, blockIdx.x} : AttnItem{number / tiles, number % tiles, blockIdx.x};
+    const AttnToken t = token_of(p, min(item.token, p.tokens - 1));
+    const uint32_t blocks = TEAM == WARPS ? blocks_of(t.position) : 1;
     if (item.chunk >= blocks) {
         if (ready) __syncthreads();  // all have read their token
-        if (threadIdx.x == 0) ready_idle(ready, 1);
+        if (threadIdx.x == 0) ready_idle(ready, WARPS / TEAM);
         return;  // the grid is not over before those that wait
     }
-    const uint32_t rounds = t.position / ATTN_ROUND + 1, own = (rounds + WARPS * blocks - 1) / (WARPS * blocks);
-    const uint32_t first = (item.chunk * WARPS + warp) * own;
-    if (item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
-    wait_qkv(p, ready);
+    // In the last block there may be no item left for some warps.
+    const bool there = TEAM == WARPS || item.token < p.tokens;
+    const uint32_t rounds = there ? t.position / ATTN_ROUND + 1 : 0;
+    const uint32_t own = TEAM == 1 ? rounds : (rounds + TEAM * blocks - 1) / (TEAM * blocks), first = (item.chunk * TEAM + member) * own;
+    if (there && item.head_tile == 0) prefetch_keys(p, t, first * ATTN_ROUND, (first + own) * ATTN_ROUND);
+    if (ready) {
+        if (threadIdx.x == 0) ready_wait_qkv(ready, (p.heads + 2) * (HEAD_DIM / UNIT_ROWS));
+        __syncthreads();
+    } else {
+        wait_previous();
+    }
     AttnState state;
     if (first < rounds) attend_keys(state, p, item, t, first * ATTN_ROUND, min((first + own) * ATTN_ROUND, t.position + 1), Plain());
-    // Warps 2 and 3 join 0 and 1, then 1 joins 0. Warps that have no keys are the last ones.
+    // Of four warps 2 and 3 join 0 and 1, then 1 joins 0; of two 1 joins 0. Warps that have no keys are the last ones.
     static_assert(WARPS == 4, "no two joins use the same memory");
-    const auto place = [&](uint32_t warp) { return states[warp % 2] + threadIdx.x % 32; };
+    const auto place = [&](uint32_t warp) { return states[TEAM == WARPS ? warp % 2 : warp / 2] + threadIdx.x % 32; };
 #pragma unroll
-    for (uint32_t distance = WARPS / 2; distance; distance /= 2) {
-        if (warp >= distance && warp < 2 * distance) store_state(place(warp), state);
+    for (uint32_t distance = TEAM / 2; distance; distance /= 2) {
+        if (member >= distance && member < 2 * distance) store_state(place(warp), state);
         __syncthreads();
-        if (warp < distance && first + distance * own < rounds) {
+        if (member < distance && first + distance * own < rounds) {
             AttnQuads other;
             const float4* from = place(warp + distance);
 #pragma unroll
@@ -144,35 +137,23 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
             merge(state, other);
         }
     }
-    if (warp > 0) return;
-    if (blocks == 1 || join_chunks(state, p, item, blocks)) store_heads(state, p, item, ToRows{p.out, p.out_stride});
-    // The first block always has work.
-    leave(ready, gridDim.x * gridDim.y * gridDim.z, blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0);
+    if (member > 0) return;
+    if (there && (blocks == 1 || join_chunks(state, p, item, blocks))) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ready_end(ready, 1);
+    if (!ready) return;
+    wait_previous();
+    // Of a block that always has work.
+    const uint32_t parts = gridDim.x * gridDim.y * gridDim.z * (WARPS / TEAM);
+    if (blockIdx.x + blockIdx.y + blockIdx.z + threadIdx.x == 0) ready_before(ready, parts);
 }
 
-// Short contexts of many tokens: a warp has all keys of a head tile.
-__global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_solo_kernel(const __grid_constant__ AttnDecodeParams p) {
-    overlap_next();
-    const uint32_t number = blockIdx.x * WARPS + threadIdx.x / 32, tiles = attn_head_tiles(p.heads);
-    uint32_t* ready = ready_words(p);
-    const AttnItem item = {number / tiles, number % tiles, 0};
-    const bool work = item.token < p.tokens;
-    const AttnToken t = token_of(p, min(item.token, p.tokens - 1));
-    if (work && item.head_tile == 0) prefetch_keys(p, t, 0, t.position);
-    wait_qkv(p, ready);
-    AttnState state;
-    if (work) {
-        attend_keys(state, p, item, t, 0, t.position + 1, Plain());
-        store_heads(state, p, item, ToRows{p.out, p.out_stride});
-    }
-    leave(ready, gridDim.x * WARPS, number + threadIdx.x == 0);
-}
-
-// Whether more blocks have work than find room beside [qkv ; up], one a multiprocessor, and a warp's work is short: [down | dense] begins
-// when all have begun.
-bool solo(const AttnDecodeParams& p) {
-    const uint32_t room = hopper_multiprocessors<attn_decode_solo_kernel>();
-    return room && p.tokens * attn_head_tiles(p.heads) > room && p.reach <= PEREGRINE_ATTN_SOLO;
+// As many warps as it takes to have no more blocks at work than find room beside [qkv ; up], one a multiprocessor: [down | dense] begins
+// when all have begun. Of long contexts four, as few warps would have [down | dense] wait for them.
+uint32_t team_of(const AttnDecodeParams& p) {
+    const uint32_t items = p.tokens * attn_head_tiles(p.heads), room = hopper_multiprocessors<attn_decode_kernel<1>>();
+    if (!room || items <= room || p.reach > PEREGRINE_ATTN_SHORT) return 4;
+    return items <= room * 2 ? 2 : 1;
 }
 
 }  // namespace
@@ -181,7 +162,9 @@ extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || p->reach == 0 || p->reach > p->max_context || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
         return PEREGRINE_BAD_SHAPE;
-    const uint32_t tiles = attn_head_tiles(p->heads);
-    if (solo(*p)) return launch(attn_decode_solo_kernel, dim3((p->tokens * tiles + WARPS - 1) / WARPS), WARPS * 32, 0, l, *p);
-    return launch(attn_decode_kernel, dim3(blocks_of(p->reach - 1), tiles, p->tokens), WARPS * 32, 0, l, *p);
+    const uint32_t tiles = attn_head_tiles(p->heads), team = team_of(*p), own = WARPS / team;
+    dim3 grid(1, (p->tokens * tiles + own - 1) / own);
+    if (team == WARPS) grid = dim3(blocks_of(p->max_context - 1), tiles, p->tokens);
+    const auto kernel = team == 4 ? attn_decode_kernel<4> : team == 2 ? attn_decode_kernel<2> : attn_decode_kernel<1>;
+    return launch(kernel, grid, WARPS * 32, 0, l, *p);
 }

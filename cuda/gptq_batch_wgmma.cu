@@ -55,6 +55,8 @@
 //          [down | dense] overtakes attention     1.188 for 1.205    1.342 for 1.361 (fastest tenths)
 //          weights near                           1.141 for 1.187    1.319 for 1.354 (fastest tenths)
 //          ... medians of 110 steps               1.227 for 1.263    1.504 for 1.588    2.168 for 2.236
+//          attention aside of 64 too              the same           the same           1.747 for 1.863 (fastest tenths)
+//          ... medians of 110 steps                                                     2.025 for 2.110
 // Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it. A loop of nothing but products keeps a
 //          quarter of a multiprocessor 13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in
 //          which nothing else issues, and what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three
@@ -88,6 +90,12 @@
 //          for the sums themselves 1.287 for 1.266; words polled without acquire 1.194, 1.201 for 1.205, 1.204 (1.338, 1.374 for 1.351,
 //          1.382). Since that overtakes, fastest tenths where it took 1.183: two or four stages before its inputs 1.199, 1.188; one for L2
 //          1.187. What was tried at 16 tokens before, and had 80 registers or fewer, may have lost for that alone (attn_decode.cu).
+//          Since weights lie near, by turns, 16, 32 texts in bursts and 64, medians, where it took 1.149, 1.320, 2.205 and 1.141, 1.315,
+//          2.150: pairs of blocks that fetch half of the activations each for both (clusters, multicast; the second is told by the first
+//          which share to take) 1.184, 1.368, 2.252; in [qkv ; up] alone, where each may take any share, 1.159, 1.358, 2.153. Clusters
+//          without that cost nothing. It was to save power: with 3/8 of the activations left out steps of 64 took 2.167 for 2.218, of 16 and
+//          32 the same, so a bit of these, from L2, is some 2 pJ. Two products of 32 columns for one of 64: 2.495. The first activations
+//          asked for 21 instructions after the end of the wait, where it is 75: the same.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next

@@ -237,11 +237,11 @@ typedef struct AttnDecodeParams {
     float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], and PEREGRINE_READY_WORDS if awaited; zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
-    uint32_t reach;           // every token's position is less, at most max_context
+    uint32_t reach;           // every token's position is said to be less; longer contexts take more time, no more
     // 1: the gptq_batch behind it awaits it, and it may await the one in front, by the words behind the arrivals (cuda/ready.cuh).
     uint32_t awaited;
 } AttnDecodeParams;
-#define PEREGRINE_ATTN_SOLO 512   // a warp of attn_decode may take so many keys alone
+#define PEREGRINE_ATTN_SHORT 640  // positions: with a `reach` of no more, blocks of attn_decode may have several head tiles
 int32_t attn_decode(const AttnDecodeParams* p, const Launch* l);   // tokens <= PEREGRINE_STEP_TOKENS
 
 // attn_prefill: multi-query causal attention of many tokens of one slot on its cache, which holds their keys already.

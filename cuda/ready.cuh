@@ -7,7 +7,7 @@
 // but for word 3. In a captured step the second product overtakes it (src/gpu/overtake.rs): it waits for the end of [qkv ; up], and for
 // attention by words 0 and 1, before the first stage that attention writes. Elsewhere attention is its predecessor, and it waits for word 0
 // instead of for the end of [qkv ; up].
-//   word 0   how many parts attention has, BLOCK_PARTS for each of its blocks; one of these says so when [qkv ; up] has ended
+//   word 0   how many parts attention has, as many as its blocks have teams; one of these says so when [qkv ; up] has ended
 //   word 1   how many of them are done, or have found that there is nothing to do
 //   word 2   how many blocks of [down | dense] have no more use for the words; the last one clears all: zero before and after
 //   word 3   how many row tiles of `qkv` are stored

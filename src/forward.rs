@@ -21,8 +21,8 @@ use crate::kv_cache::KvCache;
 use crate::scratch::{PARTIAL_TOKENS, Scratch};
 use crate::weights::Weights;
 
-/// Up to this many tokens a layer's last product overtakes its attention, and with more where contexts are short. Attention of more fills
-/// the GPU, and a product's blocks beside it delay both.
+/// Up to this many tokens a layer's last product overtakes its attention, and with more where contexts are short: attention fills the GPU
+/// otherwise, and a product's blocks beside it delay both.
 const AWAITING_TOKENS: usize = 32;
 
 /// What a pass works with. `step` is the sampler's `Step`: the tokens of the next decode step.
@@ -33,7 +33,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) cache: &'a mut KvCache,
     pub(crate) scratch: &'a mut Scratch,
     pub(crate) step: &'a DevBuf<u32>,
-    /// Every token's position is less.
+    /// Every token's position is less; a hint, see [`StepTokens::within`].
     pub(crate) reach: usize,
     /// What the persistent kernel works in; `None`: one kernel an op.
     pub(crate) decode: Option<&'a mut DecodeScratch>,
@@ -207,7 +207,7 @@ impl Pass<'_> {
         let m = tokens.count();
         next && built_in
             && Self::few(tokens)
-            && (m <= AWAITING_TOKENS || self.reach <= ops::ATTN_SOLO)
+            && (m <= AWAITING_TOKENS || self.reach <= ops::ATTN_SHORT)
             && self.kernel(tokens) == MatmulKernel::Batch
     }
 

@@ -15,7 +15,9 @@ use super::{CudaModel, persistent};
 use crate::error::{Error, Result};
 use crate::forward::{Pass, Tokens};
 use crate::gpu::context::Event;
-use crate::gpu::ops::{self, ATTN_SOLO, DecodeScratch, GEMV_TOKENS, HEAD_TOKENS, SamplerShape, SamplerState};
+use crate::gpu::ops::{
+    self, ATTN_SHORT, DecodeScratch, GEMV_TOKENS, HEAD_TOKENS, SamplerShape, SamplerState,
+};
 use crate::gpu::{Arrival, StepFault, StepGraph, Stream};
 use crate::kv_cache::KvCache;
 use crate::sampler::Sampling;
@@ -26,14 +28,12 @@ const PREFILL_TOKENS: usize = 2048;
 /// Steps the GPU may be ahead of the host.
 pub(super) const AHEAD: usize = 2;
 
-/// Positions of a class of contexts: a step of one kernel an op is captured for all that are not longer.
-const CLASS_POSITIONS: usize = ATTN_SOLO;
-
-/// How the tokens of a generation are chosen, and the steps captured for that, one for each class of contexts that it has come to.
+/// How the tokens of a generation are chosen, and the steps captured for that.
 struct Plan {
     sampling: Sampling,
     stop_ids: Vec<u32>,
-    graphs: Vec<Option<StepGraph>>,
+    /// The step of short contexts, see [`ATTN_SHORT`], and the one of any; the persistent kernel's is the latter.
+    graphs: [Option<StepGraph>; 2],
 }
 
 pub(super) struct Sequences {
@@ -194,28 +194,31 @@ impl Sequences {
             return Ok(());
         }
         // A graph that is still running is freed when it is done.
-        self.plan = Some(Plan { sampling, stop_ids: stop_ids.to_vec(), graphs: Vec::new() });
+        self.plan = Some(Plan { sampling, stop_ids: stop_ids.to_vec(), graphs: [None, None] });
         Ok(())
     }
 
-    /// A step: the tokens chosen last are appended, and the next ones chosen. As a graph, unless that is switched off: the first of a
-    /// class is captured, while the GPU is busy with the prompt or the steps in front.
+    /// A step: the tokens chosen last are appended, and the next ones chosen. As a graph, unless that is switched off: the first one is
+    /// captured, while the GPU is busy with the prompt or with steps in front.
     fn step(&mut self, plan: &mut Plan) -> Result<()> {
-        let class = self.class();
-        let reach = ((class + 1) * CLASS_POSITIONS).min(self.cache.max_context);
+        let longest = self.ends.iter().copied().max().unwrap_or(0);
         self.ends.iter_mut().for_each(|end| *end += 1);
+        let short = self.decode.is_none() && longest < ATTN_SHORT;
+        let reach = if short { ATTN_SHORT.min(self.cache.max_context) } else { self.cache.max_context };
         let model = Arc::clone(&self.model);
-        let Plan { sampling, stop_ids, graphs } = plan;
+        let Plan { sampling, stop_ids, graphs: [of_short, of_any] } = plan;
         let switches = crate::trace::switches();
         if switches.no_graph || switches.sync {
             return self.step_on(model.stream(), reach, sampling, stop_ids);
         }
-        graphs.resize_with(graphs.len().max(class + 1), || None);
-        if graphs[class].is_none() {
-            let step = |stream: &Stream| self.step_on(stream, reach, sampling, stop_ids);
-            graphs[class] = Some(StepGraph::capture(model.stream(), step)?);
+        let graph = if short { of_short } else { of_any };
+        match graph {
+            Some(graph) => graph.launch(),
+            None => {
+                let step = |stream: &Stream| self.step_on(stream, reach, sampling, stop_ids);
+                graph.insert(StepGraph::capture(model.stream(), step)?).launch()
+            }
         }
-        graphs[class].as_mut().map_or(Ok(()), StepGraph::launch)
     }
 
     fn step_on(
@@ -228,12 +231,6 @@ impl Sequences {
         let rows = self.slots;
         Pass { stream, ..self.pass(reach) }.step(rows)?;
         ops::sample(stream, &mut self.sampler, &self.scratch.logits, sampling, stop_ids)
-    }
-
-    /// The class of the longest context that the next step appends to. One step of the persistent kernel is for all.
-    fn class(&self) -> usize {
-        let longest = self.ends.iter().copied().max().unwrap_or(0).min(self.cache.max_context - 1);
-        if self.decode.is_some() { 0 } else { longest / CLASS_POSITIONS }
     }
 
     /// Makes `history` a slot's history, and row `slot` of the logits what its first token is chosen from.

@@ -128,7 +128,8 @@ impl Layer {
 
 /// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, by plain units and by their
 /// copy, and of one that does not know of attention: with the 7B's shapes, where attention's inputs begin a slice, where they begin within
-/// one, and with one slice for all; from 27 tokens on a warp has all keys of 16 heads where the contexts are short.
+/// one, and with one slice for all; from 27 tokens on, where contexts are short, two
+/// warps or one have all keys of 16 heads.
 #[test]
 fn gptq_batch_awaits_attention() {
     let Some((_, stream)) = gpu() else { return };
@@ -137,7 +138,7 @@ fn gptq_batch_awaits_attention() {
             (Layer::new(&stream, heads, ffn, slices), Layer::new(&stream, heads, ffn, slices));
         by_copy.lay_near(&stream);
         for (m, position) in
-            [(9, 0), (16, 130), (27, 300), (32, 255), (33, 600), (64, 2047), (48, 511), (64, 100)]
+            [(9, 0), (16, 130), (27, 300), (32, 255), (33, 600), (64, 2047), (48, 511), (64, 100), (64, 639)]
         {
             let positions: Vec<usize> = (0..m).map(|i| position - (i % 5 * 31).min(position)).collect();
             let inputs: Vec<_> = (0..12)

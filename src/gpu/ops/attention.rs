@@ -10,8 +10,8 @@ use crate::layout::{HEAD_DIM, UNIT_ROWS};
 
 /// Keys one warp of `attn_decode` takes.
 const ATTN_CHUNK: usize = ffi::PEREGRINE_ATTN_CHUNK as usize;
-/// Contexts of so many positions `attn_decode` may take by one warp 16 heads, where tokens are many.
-pub const ATTN_SOLO: usize = ffi::PEREGRINE_ATTN_SOLO as usize;
+/// Up to this [reach](StepTokens::reach) `attn_decode` of many tokens keeps to blocks that find room beside a product's.
+pub const ATTN_SHORT: usize = ffi::PEREGRINE_ATTN_SHORT as usize;
 /// Words behind the arrivals by which `attn_decode` awaits the product in front of it, and the one behind it `attn_decode`.
 const READY_WORDS: usize = ffi::PEREGRINE_READY_WORDS as usize;
 /// Floats of what a warp of `attn_decode` leaves for the one that merges: 16 rows of 64 values, and sum and maximum in every lane.

@@ -25,7 +25,7 @@ use super::context::Stream;
 use super::ffi;
 use crate::error::{Error, Result};
 
-pub use attention::{ATTN_SOLO, AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefill, rope};
+pub use attention::{ATTN_SHORT, AttnOutput, AttnScratch, LayerCache, attn_decode, attn_prefill, rope};
 pub use decode_step::{
     DecodeLayer, DecodeModel, DecodeScratch, DecodeShape, STEP_LAYERS, decode_step, decode_step_blocks,
 };

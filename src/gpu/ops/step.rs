@@ -23,7 +23,7 @@ pub struct StepTokens<'a> {
     pub first: usize,
     /// Tokens of the call.
     pub count: usize,
-    /// Every token's position is less; no more positions than the cache has, if that says less.
+    /// See [`StepTokens::within`]; the cache's positions are more than enough.
     pub reach: usize,
 }
 
@@ -40,7 +40,8 @@ impl<'a> StepTokens<'a> {
         StepTokens { words, first: STEP_FIRST, count, reach: usize::MAX }
     }
 
-    /// The same, whose positions are all less than `reach`. Attention then does not look for longer contexts.
+    /// The same, said to have positions that are all less than `reach`: `attn_decode` may do shorter contexts in another way. Where that is
+    /// not so it takes longer, and has the same to within rounding.
     #[must_use]
     pub fn within(self, reach: usize) -> StepTokens<'a> {
         StepTokens { reach, ..self }
