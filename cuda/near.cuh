@@ -18,9 +18,9 @@
 // Cost     4.95 GB for the 3.55 GB of Falcon-7B's matrices, of which blocks read those 3.55.
 // Why      reads of the near side take 1 to 2.5 pJ a bit less (sides.cuh), where steps of 16 and more texts run against the power limit, and
 //          keep the link between the sides free. Measured: gptq_batch_wgmma.cu, Log and Start.
-// Tried    a stage of all blocks side by side, then the next stage: 1.133, 1.299, 1.871 for 1.136, 1.304, 1.885 (16, 32, 64 texts, fastest
-//          tenths), medians the same. Parts of two groups without room for a third, 4.5 GB: more instructions before a block's first copy. A share by %smid instead of
-//          an atomic, as decode_step has (one a multiprocessor; wrong if two blocks come to one): the same.
+// Tried    a stage of all blocks side by side, then the next stage: 1.133, 1.298, 1.871 for 1.137, 1.305, 1.897 (16, 32, 64 texts, fastest
+//          tenths), medians the same. Parts of two groups without room for a third, 4.5 GB: more instructions before a block's first copy.
+//          A share by %smid instead of an atomic, as decode_step has (one a multiprocessor; wrong if two blocks come to one): the same.
 #pragma once
 #include "batch_share.cuh"
 #include "sides.cuh"
