@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A decode step is the persistent kernel `decode_step`, or one kernel an op where that does not fit (see `persistent`); with the
-//! sampler it is one graph, and the GPU can be steps ahead of the host: the sampler leaves the step's tokens on the device.
+//! sampler it is one graph (of one kernel an op one for short contexts, and one for any), and the GPU can be steps ahead of the host: the
+//! sampler leaves the step's tokens on the device.
 
 use std::sync::Arc;
 

@@ -128,8 +128,7 @@ impl Layer {
 
 /// The sums are those of a product behind attention that has ended, in a stream and in a graph, time after time, by plain units and by their
 /// copy, and of one that does not know of attention: with the 7B's shapes, where attention's inputs begin a slice, where they begin within
-/// one, and with one slice for all; from 27 tokens on, where contexts are short, two
-/// warps or one have all keys of 16 heads.
+/// one, and with one slice for all; from 27 tokens on, where contexts are short, two warps or one have all keys of 16 heads.
 #[test]
 fn gptq_batch_awaits_attention() {
     let Some((_, stream)) = gpu() else { return };
