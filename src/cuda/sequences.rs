@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A decode step is the persistent kernel `decode_step`, or one kernel an op where that does not fit (see `persistent`); with the
-//! sampler it is one graph (of one kernel an op one for short contexts, and one for any), and the GPU can be steps ahead of the host: the
+//! sampler it is one graph (of more than 8 texts one for short contexts, and one for any), and the GPU can be steps ahead of the host: the
 //! sampler leaves the step's tokens on the device.
 
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub(super) const AHEAD: usize = 2;
 struct Plan {
     sampling: Sampling,
     stop_ids: Vec<u32>,
-    /// The step of short contexts, see [`ATTN_SHORT`], and the one of any; the persistent kernel's is the latter.
+    /// The step of many texts that are short, see [`ATTN_SHORT`], and the one of any.
     graphs: [Option<StepGraph>; 2],
 }
 
@@ -204,7 +204,7 @@ impl Sequences {
     fn step(&mut self, plan: &mut Plan) -> Result<()> {
         let longest = self.ends.iter().copied().max().unwrap_or(0);
         self.ends.iter_mut().for_each(|end| *end += 1);
-        let short = self.decode.is_none() && longest < ATTN_SHORT;
+        let short = self.slots > GEMV_TOKENS && longest < ATTN_SHORT;
         let reach = if short { ATTN_SHORT.min(self.cache.max_context) } else { self.cache.max_context };
         let model = Arc::clone(&self.model);
         let Plan { sampling, stop_ids, graphs: [of_short, of_any] } = plan;
