@@ -1,5 +1,5 @@
 // decode_step — one token of up to 8 sequences (or up to 8 tokens of one), from ids to logits, in one launch.
-// Reference src/reference.rs, op by op; tests/gpu_decode.rs compares the logits with Hugging Face's and with the kernels of one op each,
+// Reference src/reference.rs, op by op; tests/gpu_decode compares the logits with Hugging Face's and with the kernels of one op each,
 //           tests/gpu_packed.rs those of a packed head with those of the same one in f16.
 // Shapes    hidden % 64 == 0 and <= 4608, ffn a multiple of hidden, head dim 64, at most 48 layers; 4 bit, one scale a row of a unit.
 // Reads     all weights and the head once: 3963 MB for Falcon-7B with a packed head, 4111 with one of f16; the keys and values of each

@@ -46,7 +46,7 @@ pub(super) struct Sequences {
     decode: Option<DecodeScratch>,
     sampler: SamplerState,
     plan: Option<Plan>,
-    /// Where each slot's next token comes, or before that if the slot has ended: the steps queued are counted here, not those done.
+    /// No less than where each slot's next token comes: a queued step counts, whether or not the slot has ended.
     ends: Vec<usize>,
 }
 
