@@ -10,6 +10,7 @@
 )]
 
 mod attention;
+mod attn_decode;
 mod awaited;
 mod gelu;
 #[path = "../common/gpu.rs"]
