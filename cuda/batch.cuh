@@ -1,11 +1,10 @@
-// batch — the loop of gptq_batch before sm_90, and of head beyond 8 tokens: 9 to 72 tokens times a matrix in units, each byte read once.
+// batch — the loop of gptq_batch, and of head beyond 8 tokens, before sm_90: 9 to 72 tokens times a matrix in units, each byte read once.
 //
 // A block multiplies row tiles, one a warp at a time, by all tokens, in stages along the inputs: the row tiles' units and the tokens'
 // activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others
 // multiply, unit by unit (chain.cuh), and wait only for the stage they need.
 //
-// Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), which is both wgmma's 128-byte swizzle
-//          and free of ldmatrix bank conflicts; then [row tile][unit]. Each stage has a barrier for full and one for empty.
+// Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), free of ldmatrix bank conflicts; then [row tile][unit]. Each stage has a barrier for full and one for empty.
 #pragma once
 #include "chain.cuh"
 #include "launch.cuh"
@@ -91,6 +90,8 @@ struct BatchDevice {
     }
 };
 
+#if !PEREGRINE_WGMMA
+
 // The warp that fetches the weights of all stages: nobody writes them, so it need not wait for the predecessor in the stream.
 template <class Shape, int STAGES>
 __device__ __forceinline__ void fetch_weights(const BatchSpan& s, uint32_t ring, uint32_t stages, uint32_t pass_tiles) {
@@ -163,7 +164,6 @@ template <class Shape, int STAGES, class Finish>
 __device__ __forceinline__ void multiply_batch(const BatchSpan& s, Finish finish) {
     using Weights = typename Shape::Weights;
     constexpr int TOKENS = Shape::TOKENS, UNITS = Shape::UNITS, TILE_BYTES = Shape::TILE_BYTES;
-    constexpr int UNROLL = PEREGRINE_WGMMA ? UNITS : 1;
     extern __shared__ __align__(1024) uint8_t smem[];
     const uint32_t ring = smem_address(smem), lane = threadIdx.x % 32;
     const uint32_t warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the compiler sees that a warp has one
@@ -193,37 +193,25 @@ __device__ __forceinline__ void multiply_batch(const BatchSpan& s, Finish finish
         const auto enter = [&] {
             barrier_wait(place.full(ring), place.parity);
             __syncwarp();
-#if PEREGRINE_WGMMA
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what cp.async wrote
-#endif
         };
-        float chain[TOKENS / 8][4] = {};
         uint32_t chunk = 0, tile = s.tile0;
         enter();
         typename Weights::Raw raw;
         raw.load(mine, lane);
         for (uint32_t j = 0; j < stages; j++) {
             const RingPlace<Shape, STAGES> now = place;
-            // Where the tensor core works on its own, while it is busy.
-            const auto load_next = [&](int u) {
-                if (u == UNITS) {
-                    place.advance();
-                    if (j + 1 < stages) enter();
-                }
-                raw.load(mine + place.at + u % UNITS * Weights::BYTES, lane);
-            };
-#pragma unroll UNROLL
+#pragma unroll 1
             for (int u = 0; u < UNITS; u++) {
                 Weights w;
                 w.unpack(raw);
 #pragma unroll
-                for (int run = 0; run < Weights::RUNS; run++) {
-                    const uint32_t unit_x = ring + now.at + u * TOKENS * TOKEN_BYTES;
-                    start_chain<Weights, TOKENS>(chain, w, unit_x, run);
-                    if (PEREGRINE_WGMMA && run == 0) load_next(u + 1);
-                    add_chain<Weights, TOKENS>(acc, chain, w, unit_x, run);
+                for (int run = 0; run < Weights::RUNS; run++)
+                    add_chain<Weights, TOKENS>(acc, w, ring + now.at + u * TOKENS * TOKEN_BYTES, run);
+                if (u + 1 == UNITS) {
+                    place.advance();
+                    if (j + 1 < stages) enter();
                 }
-                if (!PEREGRINE_WGMMA) load_next(u + 1);
+                raw.load(mine + place.at + (u + 1) % UNITS * Weights::BYTES, lane);
             }
             if (lane == 0) barrier_arrive(now.empty(ring));
             if (Shape::PASSES && ++chunk == chunks) {
@@ -239,3 +227,5 @@ __device__ __forceinline__ void multiply_batch(const BatchSpan& s, Finish finish
     }
     if (!Shape::PASSES) finish(s.tile0, s.tile1, acc);
 }
+
+#endif

@@ -51,7 +51,6 @@ struct BatchParams {
     Slices slices;
     Deal deal;
     Next next;
-    GptqClaims claims;
     Near near, next_near;
 };
 
@@ -208,10 +207,11 @@ __device__ __forceinline__ void make_barriers(Barriers<Shape>& b, uint32_t warps
 template <class Shape>
 __device__ __forceinline__ void claim_and_fetch(const BatchParams& g, uint8_t* ring, Barriers<Shape>& b) {
     const uint32_t lane = threadIdx.x % 32;
-    const Claim claim(g.claims);
+    const Claim claim(g.p.claims);
     if (one_lane()) make_barriers<Shape>(b, WARPS);
     __syncwarp();
-    const NearShare mine = claim.take(g.near);
+    const Claimed claimed = claim.take([&](uint32_t side) { return g.near.shares(side); });
+    const NearShare mine = g.near.share(claimed.side, claimed.number);
     if (lane == 0) barrier_expect(&b.w_full[0], mine.warps * Shape::W_TILE);
     __syncwarp();
     const uint8_t* from = g.near.piece(mine.side, mine.piece + lane);

@@ -1,8 +1,8 @@
-// chain — one unit of weights, in registers, times 8 to 72 tokens' inputs of it, in shared memory. Shared by gptq_batch and head.
+// chain — one unit of weights as it is stored, and in registers; before sm_90, times 8 to 72 tokens' inputs of it, in shared memory. Shared
+// by gptq_batch and head.
 //
 // A chain is the products of a run: the inputs of a unit that have one scale. The tensor core adds it up, then it is scaled and added in
-// f32. On sm_90a four warps share wgmma, elsewhere a warp loads activations by ldmatrix for mma.sync; the accumulators c[n][e] are the
-// same: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
+// f32. Accumulators c[n][e]: row lane / 4 (e < 2) or lane / 4 + 8, token 8 n + 2 (lane % 4) + e % 2.
 #pragma once
 #include "packed.cuh"
 #include "wgmma.cuh"
@@ -70,6 +70,10 @@ struct TableUnits {
     struct Raw {
         TableWords<PACKED> words;
         __device__ __forceinline__ void load(const uint8_t* unit, uint32_t lane) { words.load(unit, lane); }
+        __device__ __forceinline__ void unpack(uint32_t (&a)[STEPS][4]) const {
+#pragma unroll
+            for (int s = 0; s < STEPS; s++) words.unpack(s, a[s]);
+        }
     };
     uint32_t a[STEPS][4];
 
@@ -86,35 +90,10 @@ struct TableUnits {
     }
 };
 
-// Starts chain = run `run` of the unit's inputs times the weights; `x` is the unit's activations in shared memory.
+#if !PEREGRINE_WGMMA
+// acc += run `run` of the unit's inputs times the weights, scaled; `x` is the unit's activations in shared memory.
 template <class Weights, int TOKENS>
-__device__ __forceinline__ void start_chain(float (&chain)[TOKENS / 8][4], const Weights& w, uint32_t x, int run) {
-#if PEREGRINE_WGMMA
-    constexpr int RUN_STEPS = STEPS / Weights::RUNS;
-    const uint64_t descriptor = wgmma_descriptor(x);
-    wgmma_fence();
-#pragma unroll
-    for (int s = run * RUN_STEPS; s < (run + 1) * RUN_STEPS; s++) wgmma(chain, w.a[s], descriptor + s * 2, s > run * RUN_STEPS);
-    wgmma_commit();
-#endif
-}
-
-// acc += the chain that was started, scaled. After this the weights' registers may be reused.
-template <class Weights, int TOKENS, int PENDING = 0>
-__device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&chain)[TOKENS / 8][4], Weights& w, uint32_t x, int run) {
-#if PEREGRINE_WGMMA
-    wgmma_wait<PENDING>();
-    // The compiler does not know that the registers were in use until here.
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) asm volatile("" : "+f"(chain[n][e])::"memory");
-#pragma unroll
-    for (int s = 0; s < STEPS; s++)
-        asm volatile("" : "+r"(w.a[s][0]), "+r"(w.a[s][1]), "+r"(w.a[s][2]), "+r"(w.a[s][3])::"memory");
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++) w.add(acc[n], chain[n], run);
-#else
+__device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], const Weights& w, uint32_t x, int run) {
     constexpr int RUN_STEPS = STEPS / Weights::RUNS;
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
@@ -131,5 +110,5 @@ __device__ __forceinline__ void add_chain(float (&acc)[TOKENS / 8][4], float (&c
         w.add(acc[n], c, run);
         if (Weights::RUNS == 2 && TOKENS >= 64 && n % 3 == 2) __syncwarp();  // holds back loads, for want of registers
     }
-#endif
 }
+#endif

@@ -162,7 +162,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
             barrier_arrive(&b.inputs);
             fetch_activations<Shape>(g, s, smem, b);
             ready_leave(g.p.ready);
-            if (NEAR) claims_leave(g.claims);
+            if (NEAR) claims_leave(g.p.claims);
         }
     } else if (warp < s.warps()) {
         // What was written before this kernel comes through the activations' ring alone, and what is written here comes after that.
@@ -199,7 +199,7 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     const Slices slices(p->w, p->slices, Shape::UNITS);
     const Deal deal(p->w, p->slices, multiprocessors);
     const GptqNext next = brings ? p->next : GptqNext{p->w, p->slices};
-    BatchParams g = {{}, *p, slices, deal, Next(next, multiprocessors, Shape::UNITS), p->claims, Near(p->w, slices, deal), {}};
+    BatchParams g = {{}, *p, slices, deal, Next(next, multiprocessors, Shape::UNITS), Near(p->w, slices, deal), {}};
     g.next_near = Near(next.w, g.next.slices, g.next.deal);
     if (!brings) g.next.units = g.next_near.base = nullptr;
     const cudaError_t e = make_tensor_map(&g.x, p->x, x);

@@ -2,15 +2,16 @@
 // Shapes   E 65024 x 4544; any vocab % 16 == 0, hidden % 64 == 0.
 // Mapping  to 8 tokens: one block of 8 warps = 16 rows of the vocabulary (145 KB, packed 109); warp w owns units w, w + 8, ...; loads of
 //          BATCH units are issued together, the first batch before the predecessor has finished. Sums in f32, warps added in warp order.
-//          9 to 64 tokens: one block an SM, its share of the rows in passes of up to 12 row tiles (batch.cuh), one pass over the table.
+//          9 to 64 tokens: on sm_90a head_wgmma.cu does the work; elsewhere one block an SM, its share of the rows in passes of up to 12
+//          row tiles (batch.cuh), one pass over the table.
 // Numbers  packed units give the same bits as f16 ones: all their products are 8 times as large.
 // Floor    590.9 MB: 126 us at 4.70 TB/s; packed 443.2 MB: 94 us.
-// Measured f16 139 us at 1 token (94 % of the read ceiling), 151 us at 8; 138, 140, 146 us at 16, 32, 64; H200. Packed, two events
-//          included, which are 2 us: 108, 124, 111, 114, 144 at 1, 8, 16, 32, 64, where f16 took 141 at 1.
-// Tried    64 tokens, packed: the next unit unpacked while the tensor cores work, no serial wgmma: the same 144 us. Activations, read once
-//          a pass, three times in all, are 230 MB from L2 beside 443 of weights.
-// Serial   ptxas lets the wgmma of a unit wait for its operands' loads (C7513): the stream of the table hides it.
+// Measured f16 139 us at 1 token (94 % of the read ceiling), 151 us at 8; packed, two events included, which are 2 us: 108, 124 us; H200.
 #include "batch.cuh"
+
+// head_wgmma.cu
+uint32_t head_wgmma_multiprocessors();
+int32_t head_wgmma(const HeadParams* p, const Launch* l, uint32_t multiprocessors);
 
 namespace {
 
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(THREADS, 2) head_kernel(const __grid_constant_
 
 template <class Shape, int STAGES>
 __global__ void __launch_bounds__(BATCH_THREADS, 1) head_batch_kernel(const __grid_constant__ HeadParams p) {
+#if !PEREGRINE_WGMMA
     overlap_next();
     const uint32_t tiles = p.vocab / UNIT_ROWS, units = p.hidden / UNIT_INPUTS;
     const BatchSpan span = {reinterpret_cast<const uint8_t*>(p.units), p.x, units, p.hidden, p.tokens, 0, units,
@@ -109,6 +111,7 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) head_batch_kernel(const __gr
                 if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e] * table_scale(Shape::Weights::PACKED);
             }
     });
+#endif
 }
 
 template <bool PACKED, int BATCH_TOKENS, int SHARED>
@@ -142,5 +145,7 @@ int32_t run(const HeadParams* p, const Launch* l) {
 extern "C" int32_t head(const HeadParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_HEAD_TOKENS || p->hidden == 0 || p->hidden % UNIT_INPUTS) return PEREGRINE_BAD_SHAPE;
     if (p->vocab == 0 || p->vocab % UNIT_ROWS) return PEREGRINE_BAD_SHAPE;
+    if (p->tokens > TOKENS)
+        if (const uint32_t multiprocessors = head_wgmma_multiprocessors()) return head_wgmma(p, l, multiprocessors);
     return p->packed ? run<true>(p, l) : run<false>(p, l);
 }

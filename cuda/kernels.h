@@ -96,11 +96,11 @@ typedef struct GptqNext {
     uint32_t slices;
 } GptqNext;
 
-// How the blocks of a product by w.near take their shares (cuda/near.cuh).
-typedef struct GptqClaims {
+// How blocks take their shares of what lies by the sides of L2 (cuda/claims.cuh).
+typedef struct SideClaims {
     uint32_t* words;                                  // in two pieces, the first on side 0; zero before and after
     uint32_t side_of[PEREGRINE_STEP_SMS / 32];        // the side of multiprocessor %smid is bit %smid % 32 of word %smid / 32
-} GptqClaims;
+} SideClaims;
 
 // gptq_gemv, gptq_batch, gptq_gemm: y[m, row] = sum_k x[m, k] * W[row, k].
 typedef struct GptqMatmulParams {
@@ -119,7 +119,7 @@ typedef struct GptqMatmulParams {
     uint32_t overtakes;  // with `ready`: 1 if it is launched to wait for what that attn_decode follows (src/gpu/overtake.rs)
     uint32_t* announce;  // NULL, or the words of the attn_decode behind it, which may wait for the rows below split_row alone
     GptqNext next;       // a gptq_batch of as many tokens, whose first weights it brings into L2 before it ends
-    GptqClaims claims;   // if w.near
+    SideClaims claims;   // if w.near
 } GptqMatmulParams;
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
@@ -261,8 +261,21 @@ typedef struct HeadParams {
     const uint16_t* x;      // [tokens, hidden] f16
     float* logits;          // [tokens, vocab]
     uint32_t tokens, hidden, vocab, packed;
+    const uint8_t* near;    // NULL, or what table_near made of `units`, for more than PEREGRINE_GEMV_TOKENS tokens
+    uint32_t sides;         // if near; as table_near's
+    SideClaims claims;      // if near
 } HeadParams;
 int32_t head(const HeadParams* p, const Launch* l);  // tokens <= PEREGRINE_HEAD_TOKENS
+
+// table_near: a table once more, in the order in which head reads it for more than 8 tokens, by the sides of L2 (cuda/head_near.cuh).
+typedef struct TableNearParams {
+    const uint16_t* units;  // as head's
+    uint8_t* to;            // [table_near_pieces][PEREGRINE_PIECE_BYTES]
+    uint32_t vocab, hidden, packed;
+    uint32_t sides;         // the bits of an offset whose parity is a piece's side
+} TableNearParams;
+uint32_t table_near_pieces(const TableNearParams* p);  // 0: head would not read it, on this GPU
+int32_t table_near(const TableNearParams* p, const Launch* l);
 
 #define PEREGRINE_STEP_LAYERS 48  // most layers of a decode_step call
 #define PEREGRINE_STEP_TURNS 3    // buffers its layers use in turn

@@ -8,29 +8,19 @@
 //     stage      |0         |1         |..|0         |1       |
 //     row tile   |0 1 ..  11|0 1 ..  11|  |0 1 ..  11|0 ..    |
 //
-// so that a block's next stage is what follows in its stream. Which share a block has is not known before it runs: it takes the next one of
-// its multiprocessor's side by an atomic, or of the other side when there is none left.
-//     word 0                shares of side 0 that were taken
-//     word 1                blocks that have no more use for the words; the last one clears all: zero before and after
-//     word CLAIM_STRIDE     shares of side 1 that were taken, in a piece on side 1
-// Launches of one matrix that may be under way at once need words of their own.
+// so that a block's next stage is what follows in its stream. Which share a block has it learns when it runs (claims.cuh).
 //
 // Cost     4.95 GB for the 3.55 GB of Falcon-7B's matrices, of which blocks read those 3.55.
 // Why      reads of the near side take 1 to 2.5 pJ a bit less (sides.cuh), where steps of 16 and more texts run against the power limit, and
 //          keep the link between the sides free. Measured: gptq_batch_wgmma.cu, Log and Start.
 // Tried    a stage of all blocks side by side, then the next stage: 1.133, 1.298, 1.871 for 1.137, 1.305, 1.897 (16, 32, 64 texts, fastest
 //          tenths), medians the same. Parts of two groups without room for a third, 4.5 GB: more instructions before a block's first copy.
-//          A share by %smid instead of an atomic, as decode_step has (one a multiprocessor; wrong if two blocks come to one): the same.
 #pragma once
 #include "batch_share.cuh"
-#include "sides.cuh"
+#include "claims.cuh"
 
 constexpr uint32_t NEAR_UNITS = 6;  // of a stage
 constexpr uint32_t NEAR_TILES = MOST_GROUPS * GROUP_TILES;
-constexpr uint32_t CLAIM_STRIDE = PIECE_BYTES / 4;
-
-// What is the same in all lanes, in a uniform register: what comes from shared memory or an atomic, the compiler takes for each lane's own.
-__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __reduce_or_sync(~0u, x); }
 
 struct NearShare {
     uint32_t side, part, slice, warps;
@@ -68,33 +58,3 @@ struct Near {
             prefetch_bulk(piece(side, s.piece + j * NEAR_TILES + lane), stage_bytes);
     }
 };
-
-// By one warp of a block: asks for a share, and has it some 700 cycles later.
-struct Claim {
-    const GptqClaims& c;
-    uint32_t side, number;
-
-    __device__ __forceinline__ Claim(const GptqClaims& c) : c(c) {
-        uint32_t multiprocessor;
-        asm("mov.u32 %0, %%smid;" : "=r"(multiprocessor));
-        side = c.side_of[multiprocessor / 32 % (PEREGRINE_STEP_SMS / 32)] >> multiprocessor % 32 & 1;
-        number = next(side);
-    }
-    // Not an addition: the compiler would wait for that at once, as it adds up for the warp.
-    __device__ __forceinline__ uint32_t next(uint32_t side) const {
-        return threadIdx.x % 32 ? 0 : atomicInc(c.words + side * CLAIM_STRIDE, 1u << 31);
-    }
-    __device__ __forceinline__ NearShare take(const Near& near) const {
-        uint32_t got = uniform(number), from = side;
-        if (got >= near.shares(side)) {
-            from ^= 1, got = uniform(next(from));
-            if (got >= near.shares(from)) __trap();  // another launch has these words
-        }
-        return near.share(from, got);
-    }
-};
-// By one thread of each block, behind its last use of the words.
-__device__ __forceinline__ void claims_leave(const GptqClaims& c) {
-    if (atomicAdd(c.words + 1, 1) != gridDim.x - 1) return;
-    c.words[0] = c.words[1] = c.words[CLAIM_STRIDE] = 0;
-}

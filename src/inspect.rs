@@ -166,8 +166,9 @@ pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
     plan.matrices + plan.tables + plan.vectors
 }
 
-/// Bytes of the copy that `cuda/near.cuh` draws, on a GPU with as many multiprocessors as an H100 or H200: pieces for six units of a row tile,
-/// with room for twelve tiles a part.
+/// Bytes of the copies that `cuda/near.cuh` and `cuda/head_near.cuh` draw, on a GPU with as many multiprocessors as an H100 or H200: of the
+/// matrices pieces for six units of a row tile, with room for twelve tiles a part; of the table, as f16, two pieces for a unit of four row
+/// tiles, with room for the largest share.
 fn near_bytes(config: &ModelConfig) -> u64 {
     const MULTIPROCESSORS: usize = 132;
     // NEAR_UNITS of cuda/near.cuh, PEREGRINE_SLICE_UNITS of cuda/kernels.h.
@@ -184,7 +185,17 @@ fn near_bytes(config: &ModelConfig) -> u64 {
     let (hidden, wide) = (config.hidden_size, config.ffn_size + config.hidden_size);
     let layer = product(config.qkv_size() + config.ffn_size, hidden, 1)
         + product(hidden, wide, (wide / UNIT_INPUTS).div_ceil(SLICE_UNITS));
-    (config.num_layers * layer) as u64
+    let tiles = config.vocab_size / UNIT_ROWS;
+    let blocks = tiles.min(MULTIPROCESSORS);
+    let table = match blocks / 2 {
+        0 => 0, // one block would leave out a side
+        shares => {
+            let most = tiles.div_ceil(2).div_ceil(shares);
+            let room = if most > 32 { most.next_multiple_of(32) } else { most.next_multiple_of(4) };
+            2 * blocks.div_ceil(2) * (hidden / UNIT_INPUTS) * room / 4 * 2 * PIECE_BYTES
+        }
+    };
+    (config.num_layers * layer + table) as u64
 }
 
 /// Bytes of the quantised rows' factors, which products of more than 8 tokens read.

@@ -220,7 +220,7 @@ impl<'a> Loader<'a> {
                 ops::table_repack(self.stream, &self.raw, rows, hidden, &mut units, first)
             })?;
         }
-        let table = Table { units, vocab, hidden, packed: false };
+        let table = Table::new(units, vocab, hidden, false);
         let mut packed = None;
         timed(self.stream, &mut self.repacks, || {
             packed = ops::table_pack(self.stream, &table)?;

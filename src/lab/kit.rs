@@ -242,7 +242,7 @@ pub fn table(stream: &Stream, vocab: usize, hidden: usize, packed: bool) -> Resu
     let raw = DevBuf::from_host(stream, "raw", &bytes)?;
     let mut units = DevBuf::guarded(stream, "units", &vec![NAN16; rows.len()])?;
     ops::table_repack(stream, &raw, vocab, hidden, &mut units, 0)?;
-    let mut table = Table { units, vocab, hidden, packed: false };
+    let mut table = Table::new(units, vocab, hidden, false);
     if packed {
         let misfit = || Error::Usage("table: a value is too large to be packed".into());
         table = ops::table_pack(stream, &table)?.ok_or_else(misfit)?;

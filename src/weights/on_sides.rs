@@ -37,7 +37,7 @@ impl Weights {
         stream.synchronize()
     }
 
-    /// Makes the copy that `gptq_batch` reads faster, under the same conditions; not twice. For steps of more texts than `decode_step` takes:
+    /// Makes the copy that `gptq_batch` and `head` read faster, under the same conditions; not twice. For steps of more texts than `decode_step` takes:
     /// without them it is memory for nothing.
     ///
     /// # Errors
@@ -45,7 +45,7 @@ impl Weights {
     pub(crate) fn lay_near(&self, gpu: &Gpu, stream: &Stream) -> Result<()> {
         let slices = |layer: &Layer| ops::slices(layer.down_dense.k);
         let matrices = || self.layers.iter().flat_map(|l| [(&l.qkv_up, 1), (&l.down_dense, slices(l))]);
-        let mut bytes = 0;
+        let mut bytes = self.head().near_bytes(stream)?;
         for (w, slices) in matrices() {
             bytes += w.near_bytes(stream, slices)?;
         }
@@ -53,6 +53,7 @@ impl Weights {
             return Ok(());
         }
         let laid = matrices().try_for_each(|(w, slices)| w.lay_near(stream, slices));
+        let laid = laid.and_then(|()| self.head().lay_near(stream));
         stream.drop_spare_pages();
         match laid {
             Err(Error::OutOfGpuMemory { .. }) => Ok(()), // somebody else was faster; what is laid is read

@@ -13,7 +13,9 @@ impl Weights {
 
     /// Bytes of device memory, with the copies there are.
     pub(crate) fn bytes(&self) -> u64 {
-        let near = self.matrices().map(|w| w.bytes() - w.plain_bytes()).sum::<u64>();
+        let head = self.head();
+        let near = self.matrices().map(|w| w.bytes() - w.plain_bytes()).sum::<u64>() + head.bytes()
+            - head.units.bytes();
         self.plain_bytes() + near + self.on_sides.as_ref().map_or(0, WeightsOnSides::bytes)
     }
 

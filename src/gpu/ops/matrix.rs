@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
-use super::near::Near;
+use super::near::{self, Near};
 use super::{call, check, launch_on, u32_of};
 use crate::error::{Error, Result};
 use crate::layout::{UNIT_CODE_BYTES, UNIT_INPUTS, UNIT_ROWS};
@@ -26,7 +26,8 @@ pub struct Int4Matrix {
     pub has_zeros: bool,
     /// 0: attention writes none of the inputs.
     attn_input: usize,
-    near: OnceLock<Near>,
+    /// And for how many slices it was made.
+    near: OnceLock<(Near, usize)>,
 }
 
 impl Int4Matrix {
@@ -59,14 +60,15 @@ impl Int4Matrix {
 
     /// Bytes of the copy that [`Int4Matrix::lay_near`] would make; 0: none, or it is there.
     pub fn near_bytes(&self, stream: &Stream, slices: usize) -> Result<u64> {
-        if self.near.get().is_some() { Ok(0) } else { Near::bytes_of(stream, self, slices) }
+        if self.near.get().is_some() { Ok(0) } else { near::matrix_bytes(stream, self, slices) }
     }
 
     /// Makes a copy of this matrix that `gptq_batch` reads faster in products of `slices` slices and 9 to 64 tokens, with the same sums; not
     /// where L2 has no sides. Waits for the stream. Products by it must not run side by side: they must be of one stream.
     pub fn lay_near(&self, stream: &Stream, slices: usize) -> Result<()> {
         if self.near_bytes(stream, slices)? > 0 {
-            let _ = self.near.set(Near::copy(stream, self, slices)?); // somebody else was faster
+            let near = near::lay_matrix(stream, self, slices)?;
+            let _ = self.near.set((near, slices)); // somebody else was faster
         }
         Ok(())
     }
@@ -74,7 +76,7 @@ impl Int4Matrix {
     /// Bytes of device memory, with the copy of [`Int4Matrix::lay_near`].
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.plain_bytes() + self.near.get().map_or(0, Near::bytes)
+        self.plain_bytes() + self.near.get().map_or(0, |(near, _)| near.bytes())
     }
 
     /// Bytes of device memory that a pass reads.
@@ -84,8 +86,8 @@ impl Int4Matrix {
     }
 
     /// For a product that reads the copy of [`Int4Matrix::lay_near`]. Those that do not, ask for none: see `near`'s sets of words.
-    pub(super) fn claims(&self, stream: &Stream) -> ffi::GptqClaims {
-        self.near.get().map_or(ffi::GptqClaims::default(), |near| near.claims(stream))
+    pub(super) fn claims(&self, stream: &Stream) -> ffi::SideClaims {
+        self.near.get().map_or(ffi::SideClaims::default(), |(near, _)| near.claims(stream))
     }
 
     /// The same for a product of `slices` slices, which may read the copy of [`Int4Matrix::lay_near`]: this program's own kernel, all rows.
@@ -97,9 +99,10 @@ impl Int4Matrix {
         slices: usize,
     ) -> Result<ffi::GptqMatrix> {
         let mut params = self.params(op, stream, rows)?;
-        let near = self.near.get().filter(|near| near.fits(slices) && *rows == (0..self.n));
-        if let Some(near) = near.filter(|_| super::is_built_in("gptq_batch")) {
-            near.add_to(&mut params, stream);
+        let near = self.near.get().filter(|(_, of)| *of == slices && *rows == (0..self.n));
+        if let Some((near, _)) = near.filter(|_| super::is_built_in("gptq_batch")) {
+            params.near = near.ptr(stream);
+            params.sides = near.sides();
         }
         Ok(params)
     }

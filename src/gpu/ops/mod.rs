@@ -3,11 +3,12 @@
 //! The names are those of `cuda/kernels.h`, where each operand's shape stands; `src/reference.rs` has the same op as plain
 //! loops. A launcher copies its parameters and returns at once; the work is queued on the stream.
 //!
-//! `product`: gptq_gemv, gptq_batch, gptq_gemm. `matrix`: gptq_repack, row_factors. `near`: gptq_near. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
+//! `product`: gptq_gemv, gptq_batch, gptq_gemm. `matrix`: gptq_repack, row_factors. `near`: gptq_near, table_near. `table`: table_repack, table_pack, embed, head. `rows`: layernorm, permute.
 //! `attention`: rope, attn_decode, attn_prefill. `decode_step`: all of them in one launch. `on_sides`: to_sides. `step`: the tokens of a call. `sampling`:
 //! start, sample. `probe`: unpack_check, sides, stream_read, mma_peak.
 
 mod attention;
+mod claims;
 mod decode_step;
 mod matrix;
 mod near;

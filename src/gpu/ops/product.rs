@@ -216,7 +216,7 @@ pub fn gptq_matmul(
         overtakes: u32::from(overtakes),
         announce,
         next,
-        claims: if by_copy { w.claims(stream) } else { ffi::GptqClaims::default() },
+        claims: if by_copy { w.claims(stream) } else { ffi::SideClaims::default() },
     };
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),

@@ -1,10 +1,13 @@
 //! The table that embedding and head share: `table_repack`, `table_pack`, `embed`, `head`.
 
+use std::sync::OnceLock;
+
 use super::super::buffer::DevBuf;
 use super::super::context::Stream;
 use super::super::ffi;
+use super::near::{self, Near};
 use super::step::StepTokens;
-use super::{call, check, launch_on, u32_of};
+use super::{GEMV_TOKENS, call, check, launch_on, u32_of};
 use crate::error::{Error, Result};
 use crate::layout::{UNIT_INPUTS, UNIT_ROWS};
 
@@ -18,6 +21,7 @@ pub struct Table {
     pub hidden: usize,
     /// The units are packed.
     pub packed: bool,
+    near: OnceLock<Near>,
 }
 
 impl Table {
@@ -25,6 +29,32 @@ impl Table {
     #[must_use]
     pub fn words(vocab: usize, hidden: usize, packed: bool) -> usize {
         if packed { vocab * hidden / 4 * 3 } else { vocab * hidden }
+    }
+
+    /// A table [vocab, hidden] of these units.
+    #[must_use]
+    pub fn new(units: DevBuf<u16>, vocab: usize, hidden: usize, packed: bool) -> Table {
+        Table { units, vocab, hidden, packed, near: OnceLock::new() }
+    }
+
+    /// Bytes of the copy that [`Table::lay_near`] would make; 0: none, or it is there.
+    pub fn near_bytes(&self, stream: &Stream) -> Result<u64> {
+        if self.near.get().is_some() { Ok(0) } else { near::table_bytes(stream, self) }
+    }
+
+    /// Makes a copy of this table that `head` reads faster for more than [`GEMV_TOKENS`](super::GEMV_TOKENS) tokens, with the same sums; not
+    /// where L2 has no sides. Waits for the stream. Such calls must not run side by side: they must be of one stream.
+    pub fn lay_near(&self, stream: &Stream) -> Result<()> {
+        if self.near_bytes(stream)? > 0 {
+            let _ = self.near.set(near::lay_table(stream, self)?); // somebody else was faster
+        }
+        Ok(())
+    }
+
+    /// Bytes of device memory, with the copy of [`Table::lay_near`].
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.units.bytes() + self.near.get().map_or(0, Near::bytes)
     }
 
     pub(super) fn require(&self, op: &str) -> Result<()> {
@@ -66,7 +96,7 @@ pub fn head(
     table.require(op)?;
     x.require(op, (first + tokens) * table.hidden)?;
     logits.require(op, (row + tokens) * table.vocab)?;
-    let params = ffi::HeadParams {
+    let mut params = ffi::HeadParams {
         units: table.units.ptr(stream),
         x: x.ptr(stream).wrapping_add(first * table.hidden),
         logits: logits.ptr_mut(stream).wrapping_add(row * table.vocab),
@@ -74,7 +104,13 @@ pub fn head(
         hidden: u32_of(op, table.hidden)?,
         vocab: u32_of(op, table.vocab)?,
         packed: u32::from(table.packed),
+        ..ffi::HeadParams::default()
     };
+    // What does not read the copy takes no words: the next one's would be of the wrong turn.
+    let near = table.near.get().filter(|_| tokens > GEMV_TOKENS && super::is_built_in(op));
+    if let Some(near) = near {
+        (params.near, params.sides, params.claims) = (near.ptr(stream), near.sides(), near.claims(stream));
+    }
     call!(head, stream, params)
 }
 
@@ -121,5 +157,5 @@ pub fn table_pack(stream: &Stream, table: &Table) -> Result<Option<Table>> {
     };
     call!(table_pack, stream, params)?;
     let fits = misfit.download(stream, 0, 1)? == [0];
-    Ok(fits.then_some(Table { units, vocab, hidden, packed: true }))
+    Ok(fits.then_some(Table::new(units, vocab, hidden, true)))
 }
