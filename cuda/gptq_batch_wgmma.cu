@@ -95,7 +95,9 @@
 //          which share to take) 1.184, 1.368, 2.252; in [qkv ; up] alone, where each may take any share, 1.159, 1.358, 2.153. Clusters
 //          without that cost nothing. It was to save power: with 3/8 of the activations left out steps of 64 took 2.167 for 2.218, of 16 and
 //          32 the same, so a bit of these, from L2, is some 2 pJ. Two products of 32 columns for one of 64: 2.495. The first activations
-//          asked for 21 instructions after the end of the wait, where it is 75: the same.
+//          asked for 21 instructions after the end of the wait, where it is 75: the same. A stage more before the inputs are
+//          there, with 16 texts: in bursts 1.136 for 1.143 ([qkv ; up] alone), 1.135 (both), but the power limit comes sooner: medians of 120
+//          1.234, 1.201 for 1.184, slowest tenths 1.258, 1.258 for 1.265; with 32 bursts 1.315 for 1.305. Three stages for L2: the same.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next

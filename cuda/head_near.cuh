@@ -25,7 +25,8 @@ constexpr uint32_t HEAD_CHUNK = HEAD_GROUP * HEAD_GROUPS;
 __host__ __device__ constexpr uint32_t head_slot_units(bool packed) { return packed ? 2 : 1; }
 __host__ __device__ constexpr uint32_t head_slot_bytes(bool packed) { return head_slot_units(packed) * table_unit_bytes(packed); }
 __host__ __device__ constexpr uint32_t head_pieces(bool packed) { return HEAD_GROUP * head_slot_bytes(packed) / PIECE_BYTES; }
-static_assert(HEAD_GROUP * head_slot_bytes(true) % PIECE_BYTES == 0 && HEAD_GROUP * head_slot_bytes(false) % PIECE_BYTES == 0, "whole pieces");
+static_assert(HEAD_GROUP * head_slot_bytes(true) % PIECE_BYTES == 0, "whole pieces");
+static_assert(HEAD_GROUP * head_slot_bytes(false) % PIECE_BYTES == 0, "whole pieces");
 
 struct HeadNear {
     const uint8_t* base;  // NULL: none
