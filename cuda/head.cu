@@ -8,6 +8,7 @@
 // Floor    590.9 MB: 126 us at 4.70 TB/s; packed 443.2 MB: 94 us.
 // Measured f16 139 us at 1 token (94 % of the read ceiling), 151 us at 8; packed, two events included, which are 2 us: 108, 124 us; H200.
 #include "batch.cuh"
+#include "head_output.cuh"
 
 // head_wgmma.cu
 uint32_t head_wgmma_multiprocessors();
@@ -100,16 +101,8 @@ __global__ void __launch_bounds__(BATCH_THREADS, 1) head_batch_kernel(const __gr
     const BatchSpan span = {reinterpret_cast<const uint8_t*>(p.units), p.x, units, p.hidden, p.tokens, 0, units,
                             blockIdx.x * tiles / gridDim.x, (blockIdx.x + 1) * tiles / gridDim.x};
     multiply_batch<Shape, STAGES>(span, [&](uint32_t tile, uint32_t end, const float(&acc)[Shape::TOKENS / 8][4]) {
-        const uint32_t lane = threadIdx.x % 32, mine = tile + threadIdx.x / 32;
-        if (mine >= end) return;
-        float* logits = p.logits + mine * UNIT_ROWS + lane / 4;
-#pragma unroll
-        for (int n = 0; n < Shape::TOKENS / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const uint32_t m = n * 8 + lane % 4 * 2 + e % 2;
-                if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e] * table_scale(Shape::Weights::PACKED);
-            }
+        const uint32_t mine = tile + threadIdx.x / 32;
+        if (mine < end) store_logits<Shape::TOKENS>(p, p.logits + mine * UNIT_ROWS, acc, table_scale(Shape::Weights::PACKED));
     });
 #endif
 }

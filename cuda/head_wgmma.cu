@@ -23,6 +23,7 @@
 #include "bulk.cuh"
 #include "chain.cuh"
 #include "head_near.cuh"
+#include "head_output.cuh"
 #include "launch.cuh"
 #include "tma.cuh"
 
@@ -129,19 +130,6 @@ __device__ __forceinline__ void fetch_activations(const HeadWgmmaParams& g, cons
     }
 }
 
-template <class Shape>
-__device__ __forceinline__ void store_logits(const HeadParams& p, uint32_t tile, const float (&acc)[Shape::TOKENS / 8][4]) {
-    const uint32_t lane = threadIdx.x % 32;
-    float* logits = p.logits + (size_t)tile * UNIT_ROWS + lane / 4;
-#pragma unroll
-    for (int n = 0; n < Shape::TOKENS / 8; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const uint32_t m = n * 8 + lane % 4 * 2 + e % 2;
-            if (m < p.tokens) logits[(size_t)m * p.vocab + e / 2 * 8] = acc[n][e] * table_scale(Shape::Weights::PACKED);
-        }
-}
-
 // A warp's row tiles of a pass: `present` of them are in groups that are there. Of the others, as of row tiles of a group that are not
 // there, it multiplies whatever lies in the ring.
 //
@@ -232,7 +220,8 @@ __device__ __forceinline__ void multiply(const HeadParams& p, const Span& s, uin
         m.pass(acc, uniform(max(left + WARPS - 1, 0) / WARPS));
 #pragma unroll
         for (int r = 0; r < Shape::WARP_TILES; r++)
-            if (t0 + r * WARPS + m.warp < s.tiles) store_logits<Shape>(p, s.tile(t0 + r * WARPS + m.warp), acc[r]);
+            if (const uint32_t t = t0 + r * WARPS + m.warp; t < s.tiles)
+                store_logits<Shape::TOKENS>(p, p.logits + (size_t)s.tile(t) * UNIT_ROWS, acc[r], table_scale(Shape::Weights::PACKED));
     }
 }
 
