@@ -4,7 +4,8 @@
 // activations of the same inputs lie in a ring in shared memory. One warp fetches weights and one activations (cp.async); the others
 // multiply, unit by unit (chain.cuh), and wait only for the stage they need.
 //
-// Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), free of ldmatrix bank conflicts; then [row tile][unit]. Each stage has a barrier for full and one for empty.
+// Stage    activations [unit][TOKENS][128 bytes], 16-byte chunk c of token t at c ^ (t % 8), free of ldmatrix bank conflicts; then [row
+//          tile][unit]. Each stage has a barrier for full and one for empty.
 #pragma once
 #include "chain.cuh"
 #include "launch.cuh"
