@@ -11,7 +11,6 @@ uint32_t gptq_batch_wgmma_multiprocessors();
 namespace {
 
 constexpr uint32_t THREADS = 128;
-constexpr uint32_t MOST_PIECES = 1u << 18;  // of a stream: offsets have 32 bits
 
 struct NearParams {
     GptqMatrix w;

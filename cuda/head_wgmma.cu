@@ -15,7 +15,7 @@
 // Floor    590.9 MB: 126 us at 4.70 TB/s; packed 443.2 MB: 94 us.
 // Measured packed, cold, two events included, which are 2 us, H200: 106, 107, 110 us at 16, 32, 64 tokens, 94, 95, 93 % of the ceiling there;
 //          before this kernel (three passes of one row tile a warp, by cp.async) 111, 114, 140 to 144. Steps by turns, ms, 16, 32, 64 texts:
-//          1.135, 1.297, 1.797 for 1.138, 1.301, 1.836 (fastest tenths); medians of 120 1.504, 2.092 for 1.528, 2.129 (32, 64).
+//          1.132, 1.299, 1.797 for 1.135, 1.301, 1.836 (fastest tenths); medians of 120 1.508, 2.092 for 1.528, 2.129 (32, 64).
 // Tried    plain units in two slots of two: 111, 114, 139. Those of decode_step's copy, of which a slot is two copies more often than not:
 //          121, 127, 161, as the copy engine takes some 60 ns for each. The copy, and sums of each unit added in f32 (relative error 1.6e-7):
 //          107, 114, 151, as ptxas then waits for each product (C7515). One slot, or none, before the inputs are there: the same.
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(THREADS, 1) head_wgmma_kernel(const __grid_con
     if (threadIdx.x < Shape::X_STAGES) barrier_init(&b.x_full[threadIdx.x], 1), barrier_init(&b.x_empty[threadIdx.x], WARPS);
     barrier_init_done();
     __syncthreads();
-    const Claimed share = {uniform(b.claimed.side), uniform(b.claimed.number)};
+    const Claimed share = {uniform(b.claimed.side), uniform(b.claimed.number)};  // without NEAR not used, nor read
     const Span s = NEAR ? Span(g, share) : Span(g.p);
     if (warp == WARPS) {
         fetch_table<Shape, NEAR>(g, s, share, smem + Shape::RING_AT, b);

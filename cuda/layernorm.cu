@@ -17,7 +17,7 @@
 //          a block waits for the slices' own values, not for the grid: 1.287 for 1.266. With 40 registers, so that a block fits beside one
 //          of gptq_batch at once: 1.290 for 1.265; with so much shared memory that it never does: 1.300. Two blocks a row beyond 32 tokens, two
 //          float4 a thread, so that each has a multiprocessor of its own: 1.804 for 1.757 with 48 texts, 2.075 for 2.064 with 64 (medians).
-//          What-if: each warp takes its own moments for the row's, so that nothing is exchanged: 1.132 for 1.150 (16), 1.295 for 1.311 (32),
+//          What-if: each warp takes its own moments for the row's, so that nothing is exchanged: 1.131 for 1.150 (16), 1.295 for 1.308 (32, fastest tenths),
 //          medians of 32 1.483 for 1.511. That much is there for a product that takes the row's mean and deviation into its own sums.
 //          One kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
 // Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.

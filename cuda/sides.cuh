@@ -27,6 +27,7 @@
 #include "kernels.h"
 
 constexpr uint32_t PIECE_BYTES = PEREGRINE_PIECE_BYTES;
+constexpr uint32_t MOST_PIECES = 1u << 18;  // of a stream: offsets have 32 bits
 
 // Whether piece `piece` of stream `stream` is the second of its pair.
 __device__ __forceinline__ uint32_t second_of_pair(uint32_t sides, uint32_t stream, uint32_t piece) {

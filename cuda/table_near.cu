@@ -12,7 +12,6 @@ namespace {
 
 constexpr uint32_t THREADS = 256;  // 16 bytes each
 static_assert(THREADS * 16 == PIECE_BYTES, "a piece a block");
-constexpr uint32_t MOST_PIECES = 1u << 18;  // of a stream: offsets have 32 bits
 
 struct NearParams {
     TableNearParams p;

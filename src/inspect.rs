@@ -171,9 +171,11 @@ pub(crate) fn resident_weight_bytes(checkpoint: &Checkpoint) -> u64 {
 /// tiles, with room for the largest share.
 fn near_bytes(config: &ModelConfig) -> u64 {
     const MULTIPROCESSORS: usize = 132;
-    // NEAR_UNITS of cuda/near.cuh, PEREGRINE_SLICE_UNITS of cuda/kernels.h.
+    // NEAR_UNITS of cuda/near.cuh, PEREGRINE_SLICE_UNITS of cuda/kernels.h, HEAD_GROUP and HEAD_CHUNK of cuda/head_near.cuh.
     const STAGE_UNITS: usize = 6;
     const SLICE_UNITS: usize = 72;
+    const GROUP: usize = 4;
+    const CHUNK: usize = 32;
     let product = |n: usize, k: usize, slices: usize| {
         let groups = n.div_ceil(4 * UNIT_ROWS);
         let parts = (MULTIPROCESSORS / slices).min(groups).max(groups.div_ceil(3));
@@ -191,8 +193,8 @@ fn near_bytes(config: &ModelConfig) -> u64 {
         0 => 0, // one block would leave out a side
         shares => {
             let most = tiles.div_ceil(2).div_ceil(shares);
-            let room = if most > 32 { most.next_multiple_of(32) } else { most.next_multiple_of(4) };
-            2 * blocks.div_ceil(2) * (hidden / UNIT_INPUTS) * room / 4 * 2 * PIECE_BYTES
+            let room = most.next_multiple_of(if most > CHUNK { CHUNK } else { GROUP });
+            2 * blocks.div_ceil(2) * hidden * room * UNIT_ROWS * HALF as usize
         }
     };
     (config.num_layers * layer + table) as u64

@@ -9,9 +9,23 @@ use crate::kit::*;
 
 /// f32 sums of exact products. Measured: 1.6e-7.
 const F32_TOLERANCE: f64 = 4e-7;
-/// Of more than 8 tokens a row of Hopper's `head` is one chain of the tensor core, as in `gptq_batch`: see `BATCH_TOLERANCE` in matmul.rs for
-/// where it comes from. Measured: 5.4e-6. Elsewhere: as above.
-const BATCH_TOLERANCE: f64 = 1.2e-5;
+/// Of more than 8 tokens a row of Hopper's `head` is one chain of the tensor core, as in `gptq_batch`, which adds up to this for 16 inputs:
+/// `BATCH_TOLERANCE` in matmul.rs says where it comes from. Measured: half of it, 5.4e-6 over 4544 inputs, 4.1e-7 over 320. Elsewhere there
+/// are no chains: 1.6e-7.
+const CHAIN_TOLERANCE: f64 = 2.0 / 3.0 / (1 << 24) as f64;
+
+fn head_tolerance(m: usize, hidden: usize) -> f64 {
+    let chain = m > ops::GEMV_TOKENS && cfg!(peregrine_sm90);
+    F32_TOLERANCE + if chain { (hidden / 16) as f64 * CHAIN_TOLERANCE } else { 0.0 }
+}
+
+/// Makes the copy that `head` reads for more than 8 tokens.
+fn lay_near(stream: &Stream, table: &Table) {
+    table.lay_near(stream).unwrap();
+    // There is one where L2 has sides and the kernel is Hopper's, with a block on either: else bits are compared with their own.
+    let wanted = stream.sides().is_some() && cfg!(peregrine_sm90) && table.vocab >= 32;
+    assert_eq!(table.bytes() > table.units.bytes(), wanted, "[{}, {}]: a copy", table.vocab, table.hidden);
+}
 
 /// Halves of eight significant bits at most, all of them below 1/4.
 fn eight_bits(mut halves: Vec<u16>) -> Vec<u16> {
@@ -59,7 +73,7 @@ fn table_pack_matches_reference_and_loses_nothing() {
         assert!(got == want, "[{vocab}, {hidden}]");
         embed_matches_reference(&stream, &packed, &rows);
         let by_copy = ops::table_pack(&stream, &table).unwrap().expect("all values fit");
-        by_copy.lay_near(&stream).unwrap();
+        lay_near(&stream, &by_copy);
         for m in [1, 7, 8, 9, 16, 17, 32, 33, 64] {
             let x = Random::new(m as u64).halves(m * hidden, 1.0);
             let x = DevBuf::from_host(&stream, "x", &x).unwrap();
@@ -119,7 +133,7 @@ fn head_matches_reference() {
         let bytes: Vec<u8> = rows.iter().flat_map(|h| h.to_le_bytes()).collect();
         let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &bytes };
         let by_copy = self::table(&stream, &rows, hidden);
-        by_copy.lay_near(&stream).unwrap();
+        lay_near(&stream, &by_copy);
         for m in [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64] {
             let x = Random::new(10 + m as u64).halves((m + 3) * hidden, 1.0);
             let want = reference::head(&to_f32(&x[3 * hidden..]), &tensor);
@@ -130,7 +144,7 @@ fn head_matches_reference() {
                 logits.download(&stream, 0, m * vocab).unwrap()
             };
             let got = run(&table);
-            let tolerance = if m > ops::GEMV_TOKENS { BATCH_TOLERANCE } else { F32_TOLERANCE };
+            let tolerance = head_tolerance(m, hidden);
             assert_close(&format!("head [{vocab}, {hidden}] m {m}"), &got, &want, tolerance);
             assert!(got == run(&table), "second run differs");
             // Thrice, so that words by which blocks take shares are used again.
