@@ -25,7 +25,8 @@ struct BatchShape {
     static constexpr bool ZEROS = ZEROS_;
     using Units = GptqUnits<SCALES, ZEROS>;
     static constexpr int UNITS = TOKENS <= 64 ? NEAR_UNITS : 4;  // of a stage; six if three stages of weights fit
-    static constexpr int X_STAGES = TOKENS <= 40 || TOKENS > 64 ? 3 : 2;
+    // What there is room for, or with 16 tokens one more, as many as of weights.
+    static constexpr int X_STAGES = TOKENS == 16 ? 4 : TOKENS <= 40 || TOKENS > 64 ? 3 : 2;
     static constexpr int IN_FLIGHT = UNITS_IN_FLIGHT / UNITS;
     static_assert(UNITS % AHEAD == 0 && AHEAD < UNITS, "a unit's registers are known when compiling");
     static constexpr int X_UNIT = TOKENS * TOKEN_BYTES;
@@ -39,6 +40,7 @@ struct BatchShape {
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
     static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 2) * 8;
     static_assert(W_STAGES >= IN_FLIGHT, "room for them");
+    static constexpr bool TOGETHER = W_STAGES == X_STAGES;  // with 16, 32 and 40 tokens both rings turn as one
     // With 196 KB or less a multiprocessor has no more than that for shared memory while the block is there: attention would not fit.
     static constexpr int ASKED_BYTES = BYTES > 200 * 1024 ? BYTES : 200 * 1024;
     using Sums = float[TOKENS / 8][4];
@@ -122,7 +124,8 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
 }
 
 // acc = this warp's row tile times the tokens. While the tensor cores work on one unit, the next is unpacked into the other registers, and
-// AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants.
+// AHEAD more are on their way from shared memory. The activations' stages are unrolled, so that their addresses are constants, and those of
+// weights where the rings turn TOGETHER.
 template <class Shape, bool NEAR>
 __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<Shape>& s, __half2 factor, uint8_t* smem,
                                           Barriers<Shape>& b) {
@@ -132,16 +135,19 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
     const uint64_t x = wgmma_descriptor(smem_address(smem));
     // By claims a stage is empty after WARPS arrivals, however many warps there are: the first group's arrive for those that are not there.
     const bool arrives = lane < (NEAR && threadIdx.x / 32 < GROUP_TILES ? MOST_GROUPS + 1 - s.groups : 1);
-    uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0, entered = 1;
+    uint32_t a[2][STEPS][4] = {}, parity = 0, leaving = 0;
     typename Shape::Units::Raw raw[AHEAD];
     Place<Shape::W_STAGES> place;
     const uint8_t* stage = mine;
-    // Unit u of the stage; what is loaded behind the last stage is not used.
-    const auto load = [&](int u) {
+    // Unit u of the stage that weights are loaded from, which unit 0 begins: number j, in slot `slot` of activations, or behind the last slot
+    // in the first again. What is loaded behind the last stage is not used.
+    const auto load = [&](int u, uint32_t j, int slot) {
         if (u == 0) {
             place.advance();
+            const bool turned = slot == Shape::W_STAGES;
+            if (Shape::TOGETHER) place.slot = turned ? 0 : slot, place.parity = parity ^ turned;
             stage = mine + place.slot * Shape::W_STAGE;
-            if (entered++ < stages) barrier_wait(&b.w_full[place.slot], place.parity);
+            if (j < stages) barrier_wait(&b.w_full[place.slot], place.parity);
         }
         raw[u % AHEAD].load(stage + u * Shape::Units::BYTES, lane);
     };
@@ -149,7 +155,7 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
     raw[0].load(stage, lane);
     raw[0].unpack(a[0], factor);
 #pragma unroll
-    for (int u = 1; u <= AHEAD; u++) load(u);
+    for (int u = 1; u <= AHEAD; u++) load(u, 0, 0);
     for (uint32_t j0 = 0; j0 < stages; j0 += Shape::X_STAGES, parity ^= 1) {
 #pragma unroll
         for (int slot = 0; slot < Shape::X_STAGES; slot++) {
@@ -174,10 +180,10 @@ __device__ __forceinline__ void multiply(typename Shape::Sums& acc, const Span<S
                 raw[(u + 1) % AHEAD].unpack(next, factor);
                 if (u + 2 == Shape::UNITS) {
                     __syncwarp();
-                    if (arrives) barrier_arrive(&b.w_empty[leaving]);
+                    if (arrives) barrier_arrive(&b.w_empty[Shape::TOGETHER ? slot : leaving]);
                     if (++leaving == Shape::W_STAGES) leaving = 0;
                 }
-                load((u + 1 + AHEAD) % Shape::UNITS);
+                load((u + 1 + AHEAD) % Shape::UNITS, j + 1, slot + 1);
             }
         }
     }

@@ -57,6 +57,9 @@
 //          ... medians of 110 steps               1.227 for 1.263    1.504 for 1.588    2.168 for 2.236
 //          attention aside of 64 too              the same           the same           1.747 for 1.863 (fastest tenths)
 //          ... medians of 110 steps                                                     2.025 for 2.110
+//          both rings turn as one (of 16 with four stages of activations; of 40 bursts 1.403 for 1.424): loops of 55.3, 54.5 instructions a
+//          unit for 57.3, 56.8                    1.137 for 1.140    1.303 for 1.320 (fastest tenths)
+//          ... medians of 120 steps               1.194 for 1.212    1.445 for 1.463
 // Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it. A loop of nothing but products keeps a
 //          quarter of a multiprocessor 13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in
 //          which nothing else issues, and what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three
@@ -98,6 +101,16 @@
 //          asked for 21 instructions after the end of the wait, where it is 75: the same. A stage more before the inputs are
 //          there, with 16 texts: in bursts 1.136 for 1.143 ([qkv ; up] alone), 1.135 (both), but the power limit comes sooner: medians of 120
 //          1.234, 1.201 for 1.184, slowest tenths 1.258, 1.258 for 1.265; with 32 bursts 1.315 for 1.305. Three stages for L2: the same.
+//          Later, fastest tenths of 16, 32, 64, each by turns with what was there: three stages of weights with 16 tokens, to turn with three
+//          of activations, 1.161 for 1.141. Scales that the copy holds multiplied by the row's factor, two instructions less a unit, 1.198
+//          for 1.145, 1.325 for 1.320, 1.767 for 1.783; with 16 that takes 80 registers, and a block of the norm fits beside one at once
+//          (layernorm.cu). Each warp asks for its own weights, by a predicate and without barriers for empty stages, 1.177 for 1.132, 1.347
+//          for 1.292, 1.851 for 1.728. The warp of activations goes to the stores before the others, with no tokens, so that their code is
+//          at hand: 1.146 for 1.143, 1.319 for 1.305, 1.793 for 1.784.
+//          No kernel for the norm: the warp with a row tile's last slice adds the others and the residual, and writes what [qkv ; up] reads,
+//          scaled as in layernorm.cu's what-if, with moments in fixed point: 1.162 for 1.143, 1.461 for 1.313, 2.185 for 1.770 (1.252 for
+//          1.134 with moments at one address). Few blocks then read what all do in the norm, and those of [qkv ; up] begin later, with
+//          rings that are empty when their inputs are there.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next

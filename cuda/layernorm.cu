@@ -17,8 +17,11 @@
 //          a block waits for the slices' own values, not for the grid: 1.287 for 1.266. With 40 registers, so that a block fits beside one
 //          of gptq_batch at once: 1.290 for 1.265; with so much shared memory that it never does: 1.300. Two blocks a row beyond 32 tokens, two
 //          float4 a thread, so that each has a multiprocessor of its own: 1.804 for 1.757 with 48 texts, 2.075 for 2.064 with 64 (medians).
-//          What-if: each warp takes its own moments for the row's, so that nothing is exchanged: 1.131 for 1.150 (16), 1.295 for 1.308 (32, fastest tenths),
-//          medians of 32 1.483 for 1.511. That much is there for a product that takes the row's mean and deviation into its own sums.
+//          What-if: each warp takes its own moments for the row's, so that nothing is exchanged: 1.131 for 1.150 (16), 1.295 for 1.308 (32,
+//          fastest tenths), medians of 32 1.483 for 1.511. A product that takes mean and deviation into its own sums uses that up: inputs
+//          scaled by those of the layer before, by blocks that know nothing of each other, and a [qkv ; up] that has the row's own from
+//          moments, scales its sums by the ratio and adds products of the norm's weight and bias, 1.138 for 1.143, 1.325 for 1.324, 1.790
+//          for 1.791 (64), errors as now; with moments of each warp, 36 a row, 1.168 for 1.137, 1.330 for 1.306, 1.88 for 1.73.
 //          One kernel for with and without slices: 50 us at 2048 tokens, since the slices' registers halve the occupancy.
 // Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.
 #include "bulk.cuh"
