@@ -103,10 +103,10 @@
 //          1.234, 1.201 for 1.184, slowest tenths 1.258, 1.258 for 1.265; with 32 bursts 1.315 for 1.305. Three stages for L2: the same.
 //          Later, fastest tenths of 16, 32, 64, each by turns with what was there: three stages of weights with 16 tokens, to turn with three
 //          of activations, 1.161 for 1.141. Scales that the copy holds multiplied by the row's factor, two instructions less a unit, 1.198
-//          for 1.145, 1.325 for 1.320, 1.767 for 1.783; with 16 that takes 80 registers, and a block of the norm fits beside one at once
-//          (layernorm.cu). Each warp asks for its own weights, by a predicate and without barriers for empty stages, 1.177 for 1.132, 1.347
-//          for 1.292, 1.851 for 1.728. The warp of activations goes to the stores before the others, with no tokens, so that their code is
-//          at hand: 1.146 for 1.143, 1.319 for 1.305, 1.793 for 1.784.
+//          for 1.145, 1.325 for 1.320, 1.767 for 1.783; with 16 that takes 80 registers, so that a block of the norm fits beside one at
+//          once, which may be why (layernorm.cu). Each warp asks for its own weights, by a predicate and without barriers for empty
+//          stages, 1.177 for 1.132, 1.347 for 1.292, 1.851 for 1.728. The warp of activations goes to the stores before the others, with
+//          no tokens, so that their code is at hand: 1.146 for 1.143, 1.319 for 1.305, 1.793 for 1.784.
 //          No kernel for the norm: the warp with a row tile's last slice adds the others and the residual, and writes what [qkv ; up] reads,
 //          scaled as in layernorm.cu's what-if, with moments in fixed point: 1.162 for 1.143, 1.461 for 1.313, 2.185 for 1.770 (1.252 for
 //          1.134 with moments at one address). Few blocks then read what all do in the norm, and those of [qkv ; up] begin later, with
