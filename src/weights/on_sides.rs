@@ -37,8 +37,8 @@ impl Weights {
         stream.synchronize()
     }
 
-    /// Makes the copy that `gptq_batch` and `head` read faster, under the same conditions; not twice. For steps of more texts than `decode_step` takes:
-    /// without them it is memory for nothing.
+    /// Makes the copy that `gptq_batch` and `head` read faster, under the same conditions; not twice. For steps of more texts than
+    /// `decode_step` takes: without them it is memory for nothing.
     ///
     /// # Errors
     /// A driver failure. That there is no memory for it is none.

@@ -12,10 +12,6 @@ use crate::measure::work::Work;
 const F16_TOLERANCE: f64 = 3e-4;
 /// f32 sums of exact products. Measured: 1.6e-7.
 const F32_TOLERANCE: f64 = 4e-7;
-/// The same by gptq_batch, and by head of more than 8 tokens, on Hopper, where a slice of a row (4544 inputs) is one chain of the tensor
-/// core, whose f32 adds truncate: some 284 * 2/3 * 2^-24 = 1.2e-5 of the result at most. Measured: 4.8e-6, 5.4e-6.
-const BATCH_TOLERANCE: f64 = 1.2e-5;
-
 /// The ops that have calls, and what they do.
 pub const OPS: &[(&str, &str)] = &[
     ("embed", "rows of the table, as f32"),

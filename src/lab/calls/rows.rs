@@ -4,13 +4,17 @@ use std::rc::Rc;
 
 use super::super::kit::{self, NAN16, Random, to_f32};
 use super::super::{FFN, HIDDEN, VOCAB};
-use super::{BATCH_TOLERANCE, Call, F16_TOLERANCE, F32_TOLERANCE, Output, all, guarded, only, trespass};
+use super::{Call, F16_TOLERANCE, F32_TOLERANCE, Output, all, guarded, only, trespass};
 use crate::checkpoint::{FloatTensor, FloatType};
 use crate::error::Result;
 use crate::gpu::ops::{self, Norm, PendingSum, StepTokens, Table};
 use crate::gpu::{DevBuf, Stream};
 use crate::measure::work::Work;
 use crate::reference;
+
+/// More for 16 inputs of head's sums of more than 8 tokens, of which a row is one chain of Hopper's tensor core: its f32 adds truncate, by
+/// 2/3 * 2^-24 of the result at most, as gptq_batch's. Measured, with what is F32_TOLERANCE's: 4.1e-7 over 320 inputs, 5.2e-6 over 4544.
+const CHAIN_TOLERANCE: f64 = 2.0 / 3.0 / (1 << 24) as f64;
 
 /// The calls of an op on rows.
 pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box<dyn Call>>) -> Result<()> {
@@ -315,7 +319,8 @@ impl Call for HeadCall {
         let tensor = FloatTensor { dtype: FloatType::F16, shape: [vocab, hidden], bytes: &self.table.0 };
         let want = only(wanted, || reference::head(&to_f32(&self.host_x), &tensor));
         let got = all(stream, &self.logits)?;
-        let tolerance = if self.m > ops::GEMV_TOKENS { BATCH_TOLERANCE } else { F32_TOLERANCE };
+        let chain = if self.m > ops::GEMV_TOKENS { hidden / 16 } else { 0 };
+        let tolerance = F32_TOLERANCE + chain as f64 * CHAIN_TOLERANCE;
         Ok(vec![Output { name: "logits", row: vocab, got, want, tolerance }])
     }
 
