@@ -63,7 +63,7 @@
 // Short    not at the speed of memory, but of what warps issue, at a clock that gives way to it. A loop of nothing but products keeps a
 //          quarter of a multiprocessor 13, 13, 16, 32 cycles a product of 8, 16, 32, 64 tokens, as reading A from registers takes 13 in
 //          which nothing else issues, and what else a warp does comes on top: 89, 107, 138 cycles a unit of 16, 32, 64 tokens where three
-//          warps take turns, with 56 instructions, of which 36 unpack; here 60. By mma.sync, with one to six row tiles that share B, 106 to
+//          warps take turns, with 56 instructions, of which 36 unpack; here 55 to 57. By mma.sync, with one to six row tiles that share B, 106 to
 //          94 and 162 to 142 (16, 32 tokens), sums of bytes in two planes 73 and 116, without zero points or scaling 82 and 102. What-ifs,
 //          steps of 16, 32, 64 texts, ms, where it took 1.316, 1.49, 2.00: a third group of warps that multiplies nothing 1.228, 1.361,
 //          1.73; no unpacking 1.215, 1.376, 2.03; one of four products 1.199, 1.323, 1.653; neither 1.180, 1.304, 1.610; all of these 1.168,
@@ -114,7 +114,8 @@
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next
-//          product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations (8, 16 tokens): the same.
+//          product polls, instead of the wait for its grid, 32.8, 34.3, 39.0. Four stages of activations (8, 16 tokens): the
+//          same, before both rings turned as one.
 //          The block's sums side by side in shared memory, stored by bulk copies of a token's rows: 33.5, 35.3, 39.6, 52.6 where it was
 //          32.4, 34.1, 38.6, 52.8 (of f32 sums alone 0.7 less at 64 and 72, 0.1 to 0.3 more at 8 to 32).
 //          mma.sync, each warp one of four units of a stage, the warps' sums joined at the end (error 1.4e-6): 34.8 to 39.3 at 16 tokens
