@@ -31,7 +31,7 @@
 //!
 //! A module uses only what stands left of it:
 //!
-//! `error, layout` < `config` < `checkpoint, repack, reference` < `gpu` < `weights, kv_cache, scratch` < `forward` <
+//! `error, layout` < `config` < `checkpoint, repack, reference, planes` < `gpu` < `weights, kv_cache, scratch` < `forward` <
 //! `cuda` < `engine` < `measure` < `lab` < the program; `sampler, speculate, tokenizer, prompt, timing` rest on
 //! `layout, error` only.
 
@@ -53,6 +53,7 @@ mod kv_cache;
 pub mod lab;
 pub mod layout;
 pub mod measure;
+pub mod planes;
 pub mod prompt;
 pub mod reference;
 pub mod repack;
