@@ -118,7 +118,7 @@ mod cuda {
             let times = b.timer.times(&mut |s| {
                 let (tokens, output) = (
                     StepTokens::list(&words, slots),
-                    AttnOutput { out: &mut out, first: FFN, stride, awaited: false },
+                    AttnOutput { out: &mut out, first: FFN, stride, planes: false, awaited: false },
                 );
                 ops::attn_decode(s, &qkv, &mut cache, &table, tokens, &mut scratch, output)
             })?;
@@ -164,13 +164,14 @@ mod cuda {
             let mut pair = |s: &Stream| {
                 turn += 1;
                 let (up, down) = &layers[turn % 2];
-                let x = |x, stride| Activations { x, stride, tokens: m, attention: None };
+                let x = |x, stride| Activations { x, stride, tokens: m, planes: false, attention: None };
                 let (out, gelu_out) = (&mut out, &mut gelu);
                 let split = MatmulOutput::Split {
                     out,
                     gelu_out,
                     gelu_stride: wide,
                     split_row: qkv,
+                    planes: false,
                     bias: None,
                     announced: None,
                     next: None,

@@ -1,6 +1,7 @@
 // attn_decode — rotary positions, KV append and multi-query attention of a decode step's tokens, split over the context.
 // Reference: src/reference.rs::rope, attention
-// Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16; up to 64 tokens.
+// Shapes   qkv [tokens, heads + 2, 64] f16, caches [slots, max_context, 64] f16, out [tokens, out_stride] f16, or planes (planes.cuh); up
+//          to 64 tokens.
 // Mapping  block (part of the context, head tile, token) = four warps, each 16 heads of a token against up to 128 keys (attn_decode.cuh),
 //          fewer where the context is short. The warps' states are joined in shared memory, those of more than 512 keys through global
 //          memory too. The grid covers max_context (a graph must not depend on the position); blocks beyond the context leave at once.
@@ -49,6 +50,7 @@
 // Spills   8 and 16 bytes on sm_80, by teams of two warps and of one.
 #include "launch.cuh"
 #include "attn_decode.cuh"
+#include "planes.cuh"
 #include "ready.cuh"
 
 namespace {
@@ -70,6 +72,34 @@ struct ToRows {
         to[0] = make_uint4(w[0], w[1], w[2], w[3]), to[1] = make_uint4(w[4], w[5], w[6], w[7]);
     }
 };
+
+// As store_heads, as planes: a head is a unit of the inputs, of which each of four lanes has 16.
+__device__ __forceinline__ void store_planes(const AttnState& state, const AttnDecodeParams& p, const AttnItem& item) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const uint32_t q = threadIdx.x % 4, head = item.head_tile * ATTN_ROWS + threadIdx.x % 32 / 4 + r * 8;
+        const float scale = 1.f / state.sum[r];
+        const auto value = [&state, scale, r](int dim) { return state.out[dim % 8][r * 2 + dim / 8] * scale; };
+        float most = 0.f;
+#pragma unroll
+        for (int i = 0; i < 16; i++) most = larger(most, value(i));
+        most = larger(most, __shfl_xor_sync(~0u, most, 1)), most = larger(most, __shfl_xor_sync(~0u, most, 2));
+        if (head >= p.heads) continue;
+        const PlaneStep step(most);
+        int32_t v[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) v[i] = step(value(i));
+        const auto word = [&v](int i, bool high) {
+            const int a = v[2 * i], b = v[2 * i + 8], c = v[2 * i + 1], d = v[2 * i + 9];
+            return high ? high_bytes(a, b, c, d) : low_bytes(a, b, c, d);
+        };
+        const uint32_t unit = p.first / UNIT_INPUTS + head;
+        uint8_t* to = plane_unit(p.out, unit) + plane_chunk(item.token, q);
+        *reinterpret_cast<uint4*>(to) = make_uint4(word(0, true), word(1, true), word(2, true), word(3, true));
+        *reinterpret_cast<uint4*>(to + PLANE_BYTES) = make_uint4(word(0, false), word(1, false), word(2, false), word(3, false));
+        if (q == 0) plane_steps(p.out, p.out_stride)[unit * PLANE_TOKENS + item.token] = step.step;
+    }
+}
 
 constexpr uint32_t WARPS = 4;
 constexpr uint32_t MOST_ROUNDS = PEREGRINE_ATTN_CHUNK / ATTN_ROUND;  // of a warp
@@ -138,7 +168,10 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
         }
     }
     if (member > 0) return;
-    if (there && (blocks == 1 || join_chunks(state, p, item, blocks))) store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    if (there && (blocks == 1 || join_chunks(state, p, item, blocks))) {
+        if (p.planes) store_planes(state, p, item);
+        else store_heads(state, p, item, ToRows{p.out, p.out_stride});
+    }
     __syncwarp();
     if (threadIdx.x % 32 == 0) ready_end(ready, 1);
     if (!ready) return;
@@ -161,6 +194,9 @@ uint32_t team_of(const AttnDecodeParams& p) {
 extern "C" int32_t attn_decode(const AttnDecodeParams* p, const Launch* l) {
     if (p->tokens == 0 || p->tokens > PEREGRINE_STEP_TOKENS || p->heads == 0 || p->slots == 0 || p->max_context == 0 ||
         p->out_stride % 8 || p->reach == 0 || p->reach > p->max_context || attn_most_chunks(p->max_context) > ATTN_RUNS * 31)
+        return PEREGRINE_BAD_SHAPE;
+    if (p->planes && (p->tokens > PLANE_TOKENS || p->out_stride % UNIT_INPUTS || p->first % UNIT_INPUTS ||
+                      p->first + p->heads * HEAD_DIM > p->out_stride))
         return PEREGRINE_BAD_SHAPE;
     const uint32_t tiles = attn_head_tiles(p->heads), team = team_of(*p), own = WARPS / team;
     dim3 grid(1, (p->tokens * tiles + own - 1) / own);

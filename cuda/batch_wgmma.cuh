@@ -5,6 +5,7 @@
 #include "gemm_output.cuh"
 #include "launch.cuh"
 #include "near.cuh"
+#include "planes.cuh"
 #include "ready.cuh"
 #include "tma.cuh"
 
@@ -19,10 +20,10 @@ constexpr int EARLY_TOGETHER_TOKENS = 16;  // to here, [down | dense] asks for t
 constexpr int SHARED_BYTES = 218 * 1024;
 constexpr int REGISTERS = 96;  // of a thread at most: attention is to fit beside a block, see Behind
 
-template <int SCALES_, bool ZEROS_, int TOKENS_>
+template <int SCALES_, bool ZEROS_, int TOKENS_, bool PLANES_ = false>
 struct BatchShape {
     static constexpr int SCALES = SCALES_, TOKENS = TOKENS_;
-    static constexpr bool ZEROS = ZEROS_;
+    static constexpr bool ZEROS = ZEROS_, PLANES = PLANES_;  // activations are planes (batch_planes.cuh)
     using Units = GptqUnits<SCALES, ZEROS>;
     static constexpr int UNITS = TOKENS <= 64 ? NEAR_UNITS : 4;  // of a stage; six if three stages of weights fit
     // What there is room for, or with 16 tokens one more, as many as of weights.
@@ -38,7 +39,10 @@ struct BatchShape {
     static constexpr int W_AT = X_STAGES * X_STAGE;
     static constexpr int TRANSPOSE_AT = W_AT + W_STAGES * W_STAGE;
     static constexpr int BARRIERS_AT = TRANSPOSE_AT + WARPS * TRANSPOSE_BYTES;
-    static constexpr int BYTES = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 2) * 8;
+    static constexpr int STEPS_AT = BARRIERS_AT + (2 * (W_STAGES + X_STAGES) + 2) * 8;  // of planes, likewise in stages
+    static constexpr int STEP_BYTES = PLANES ? TOKENS * 4 : 0;                            // of a unit
+    static constexpr int MOST_AT = STEPS_AT + X_STAGES * UNITS * STEP_BYTES;              // what groups know of their outputs, if planes
+    static constexpr int BYTES = MOST_AT + (PLANES ? WARPS * TOKENS * 4 : 0);
     static_assert(W_STAGES >= IN_FLIGHT, "room for them");
     static constexpr bool TOGETHER = W_STAGES == X_STAGES;  // with 16, 32 and 40 tokens both rings turn as one
     // With 196 KB or less a multiprocessor has no more than that for shared memory while the block is there: attention would not fit.
@@ -48,7 +52,7 @@ struct BatchShape {
 };
 
 struct BatchParams {
-    CUtensorMap x;  // [k units][tokens][64] f16
+    CUtensorMap x;  // [k units][tokens][64] f16; not of planes
     GptqMatmulParams p;
     Slices slices;
     Deal deal;
@@ -117,8 +121,18 @@ __device__ __forceinline__ void fetch_activations(const BatchParams& g, const Sp
     for (uint32_t j = 0; j < stages; j++) {
         if (j >= Shape::X_STAGES) barrier_wait(&b.x_empty[place.slot], place.parity ^ 1);
         if (j == s.late) ready_wait_attention(g.p.ready);
-        barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
-        copy_box(smem_address(ring + place.slot * Shape::X_STAGE), g.x, 0, 0, s.unit(j), &b.x_full[place.slot], L2_NORMAL);
+        const uint32_t to = smem_address(ring + place.slot * Shape::X_STAGE), unit = s.unit(j);
+        if (Shape::PLANES) {
+            const uint32_t units = min((uint32_t)Shape::UNITS, g.p.w.k / UNIT_INPUTS - unit), full = smem_address(&b.x_full[place.slot]);
+            const uint8_t* steps = reinterpret_cast<const uint8_t*>(plane_steps(g.p.x, g.p.x_stride));
+            const uint32_t to_steps = smem_address(ring) + Shape::STEPS_AT + place.slot * Shape::UNITS * Shape::STEP_BYTES;
+            barrier_expect(full, units * (Shape::X_UNIT + Shape::STEP_BYTES));
+            bulk_copy_kept(to, reinterpret_cast<const uint8_t*>(g.p.x) + unit * Shape::X_UNIT, units * Shape::X_UNIT, full);
+            bulk_copy_kept(to_steps, steps + unit * Shape::STEP_BYTES, units * Shape::STEP_BYTES, full);
+        } else {
+            barrier_expect(&b.x_full[place.slot], Shape::X_STAGE);
+            copy_box(to, g.x, 0, 0, unit, &b.x_full[place.slot], L2_NORMAL);
+        }
         place.advance();
     }
 }

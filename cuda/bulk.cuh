@@ -68,6 +68,11 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void* global, u
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
     bulk_copy(smem_address(shared), global, bytes, smem_address(barrier));
 }
+// The same without a hint: others will read it too.
+__device__ __forceinline__ void bulk_copy_kept(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global),
+                 "r"(bytes), "r"(barrier) : "memory");
+}
 // True in one lane of a warp, of which the compiler knows that it is one.
 __device__ __forceinline__ bool one_lane() {
     uint32_t one;

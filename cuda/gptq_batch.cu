@@ -104,6 +104,7 @@ extern "C" int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l) {
     if (p->slices == 0 || (p->slices > 1 && !p->y.partials)) return PEREGRINE_BAD_SHAPE;
     if ((p->slices - 1) * ((k_units + p->slices - 1) / p->slices) >= k_units) return PEREGRINE_BAD_SHAPE;
     if (const uint32_t multiprocessors = gptq_batch_wgmma_multiprocessors()) return gptq_batch_wgmma(p, l, multiprocessors);
+    if (p->planes || p->y.planes) return PEREGRINE_BAD_SHAPE;
     switch (w.scales_per_row * 2 + w.has_zeros) {
         case 2: return run_tokens<GptqUnits<1, false>>(p, l);
         case 3: return run_tokens<GptqUnits<1, true>>(p, l);

@@ -16,6 +16,8 @@
 //          are there it is one, of which there are EARLY or EARLY_SLICED; in [down | dense] two, to 16 tokens. The first stages of the next
 //          product come into L2 as this one's block ends (batch_share.cuh): 1.3 us pass from a block's begin to its first weights from
 //          memory, and inputs were there 2 us after it began, when [down | dense] still waited for a word from attention.
+// Planes   in steps of 9 to 16 texts activations are bytes (batch_planes.cuh), unless weights have zero points, scales of 32 inputs, or an
+//          order of their own.
 // Near     where there is a copy by the sides of L2 (near.cuh), blocks read that; which share one has it learns from an atomic.
 // Start    what a block does before it asks for its first weights, 64 times a step, is code that, it seems, has left its multiprocessor's
 //          cache: 200 instructions more there took 0.3 us more a product of 16 tokens, 0.9 of 32. (Steps of 16, 32 texts 1.211, 1.408 for
@@ -107,6 +109,10 @@
 //          once, which may be why (layernorm.cu). Each warp asks for its own weights, by a predicate and without barriers for empty
 //          stages, 1.177 for 1.132, 1.347 for 1.292, 1.851 for 1.728. The warp of activations goes to the stores before the others, with
 //          no tokens, so that their code is at hand: 1.146 for 1.143, 1.319 for 1.305, 1.793 for 1.784.
+//          Codes as they are, subnormal, a chain a unit that begins with -8 times the sum of its inputs, scaled in f32: 48 instructions a
+//          unit, bursts of 16 texts 1.130 for 1.124, medians 1.141 for 1.146, with offsets of zero; 1.303 where warps make them, by mma.sync, a
+//          stage ahead. A chain's end is waited for: with two under way ptxas serialises (C7511, C7514, C7520), unless nothing leaves the
+//          loop.
 //          No kernel for the norm: the warp with a row tile's last slice adds the others and the residual, and writes what [qkv ; up] reads,
 //          scaled as in layernorm.cu's what-if, with moments in fixed point: 1.162 for 1.143, 1.461 for 1.313, 2.185 for 1.770 (1.252 for
 //          1.134 with moments at one address). Few blocks then read what all do in the norm, and those of [qkv ; up] begin later, with
@@ -144,7 +150,7 @@
 //          f32: 38.8, 49.8, 79.0 and 39.8, 50.3, 78.5, planes in sums of their own 36.7, 47.2 and 38.5, 48.3; inputs would have to be
 //          bytes, with a step for a unit of a token. Codes less 8 in f16, a chain a unit: 38.5, 52.5, 170 (spills), 41.2, 54.4, 170.
 // Spills   4 to 36 bytes: 64 and 72 tokens with two scales a unit, zero points or both.
-#include "batch_wgmma.cuh"
+#include "batch_planes.cuh"
 
 namespace {
 
@@ -172,7 +178,7 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         bring_next<Shape, false>(g, s, b);
     } else if (warp > WARPS) {
         if (one_lane()) {
-            prefetch_map(g.x);
+            if (!Shape::PLANES) prefetch_map(g.x);
             ready_wait(g.p.ready, g.p.overtakes);
             overlap_next();  // not before: see ready.cuh
             barrier_arrive(&b.inputs);
@@ -186,14 +192,19 @@ __global__ void __maxnreg__(REGISTERS) gptq_batch_wgmma_kernel(const __grid_cons
         const uint32_t lane = threadIdx.x % 32, tile = s.group * GROUP_TILES + warp, row = tile * UNIT_ROWS;
         // A warp without a row tile multiplies zeros.
         const __half2 factor = as_half2(row < g.p.w.n ? g.p.w.row_factors[tile * 8 + lane / 4] : 0);
-        multiply<Shape, NEAR>(acc, s, factor, smem, b);
+        if constexpr (Shape::PLANES) multiply_planes<Shape, NEAR>(acc, s, smem, b);
+        else multiply<Shape, NEAR>(acc, s, factor, smem, b);
         if (row >= g.p.w.n) return;
-        scale_sums<Shape>(acc, undo_factor(factor));
+        scale_sums<Shape>(acc, Shape::PLANES ? make_float2(1.f / 16.f, 1.f / 16.f) : undo_factor(factor));
         uint8_t* transpose = smem + Shape::TRANSPOSE_AT + warp * TRANSPOSE_BYTES;
         const float* b = g.p.y.bias ? g.p.y.bias + row + lane / 4 : nullptr;
         const float2 bias = b ? make_float2(b[0], b[8]) : make_float2(0.f, 0.f);
         if (g.p.y.partials || g.p.y.residual) store_floats<Shape::TOKENS>(g.p, s.slice, row, 0, acc, transpose);
-        else store_halves<Shape::TOKENS>(g.p, row, bias, 0, acc, transpose);
+        else if constexpr (!Shape::PLANES) store_halves<Shape::TOKENS>(g.p, row, bias, 0, acc, transpose);
+        else if (row < g.p.y.split_row) store_halves<Shape::TOKENS, false>(g.p, g.p.y.out + row, g.p.y.out_stride, bias, 0, acc, transpose);
+        else store_planes(g.p, row, bias, acc, smem + Shape::TRANSPOSE_AT + warp / GROUP_TILES * GROUP_TILES * TRANSPOSE_BYTES,
+                          reinterpret_cast<float*>(smem + Shape::MOST_AT) + warp / GROUP_TILES * GROUP_TILES * PLANE_TOKENS,
+                          warp / GROUP_TILES);
         if (g.p.announce && row < g.p.y.split_row) {
             __syncwarp();
             if (lane == 0) ready_count(g.p.announce, 1);
@@ -218,13 +229,25 @@ int32_t run(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors
     BatchParams g = {{}, *p, slices, deal, Next(next, multiprocessors, Shape::UNITS), Near(p->w, slices, deal), {}};
     g.next_near = Near(next.w, g.next.slices, g.next.deal);
     if (!brings) g.next.units = g.next_near.base = nullptr;
-    const cudaError_t e = make_tensor_map(&g.x, p->x, x);
+    const cudaError_t e = Shape::PLANES ? cudaSuccess : make_tensor_map(&g.x, p->x, x);
     if (e != cudaSuccess) return (int32_t)e;
     const dim3 grid(deal.parts * p->slices);
     if (Shape::NEAR && g.near.base && !p->claims.words) return PEREGRINE_BAD_SHAPE;
     if constexpr (Shape::NEAR)
         if (g.near.base) return launch(gptq_batch_wgmma_kernel<Shape, true>, grid, THREADS, Shape::ASKED_BYTES, l, g);
     return launch(gptq_batch_wgmma_kernel<Shape, false>, grid, THREADS, Shape::ASKED_BYTES, l, g);
+}
+
+// Rows that go through GELU come in whole units of the next product's inputs, and its inputs are what it reads of a row.
+int32_t run_planes(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    const GptqOutput& y = p->y;
+    const bool halves = !y.partials && !y.residual;
+    if (p->tokens > PLANE_TOKENS || p->tokens <= PEREGRINE_GEMV_TOKENS || p->x_stride < p->w.k || p->x_stride % UNIT_INPUTS)
+        return PEREGRINE_BAD_SHAPE;
+    if (halves && (!y.planes || p->w.n % UNIT_INPUTS || y.split_row % UNIT_INPUTS || y.gelu_stride % UNIT_INPUTS ||
+                   p->w.n > y.split_row + y.gelu_stride))
+        return PEREGRINE_BAD_SHAPE;
+    return run<BatchShape<1, false, PLANE_TOKENS, true>>(p, l, multiprocessors);
 }
 
 template <int SCALES, bool ZEROS>
@@ -244,7 +267,13 @@ int32_t run_tokens(const GptqMatmulParams* p, const Launch* l, uint32_t multipro
 
 uint32_t gptq_batch_wgmma_multiprocessors() { return hopper_multiprocessors<gptq_batch_wgmma_kernel<BatchShape<1, false, 16>, false>>(); }
 
+extern "C" uint32_t gptq_batch_planes(const GptqMatrix* w) {
+    return w->scales_per_row == 1 && !w->has_zeros && gptq_batch_wgmma_multiprocessors() > 0;
+}
+
 int32_t gptq_batch_wgmma(const GptqMatmulParams* p, const Launch* l, uint32_t multiprocessors) {
+    if (p->planes != 0) return gptq_batch_planes(&p->w) ? run_planes(p, l, multiprocessors) : PEREGRINE_BAD_SHAPE;
+    if (p->y.planes) return PEREGRINE_BAD_SHAPE;
     switch (p->w.scales_per_row * 2 + p->w.has_zeros) {
         case 2: return run_tokens<1, false>(p, l, multiprocessors);
         case 3: return run_tokens<1, true>(p, l, multiprocessors);

@@ -23,6 +23,7 @@ extern "C" {
 #define PEREGRINE_HEAD_DIM 64
 #define PEREGRINE_GEMV_TOKENS 8    // most tokens of a gptq_gemv call: the N of mma.m16n8k16
 #define PEREGRINE_BATCH_TOKENS 72  // most tokens of a gptq_batch call
+#define PEREGRINE_PLANE_TOKENS 16  // most tokens whose activations are planes (cuda/planes.cuh)
 #define PEREGRINE_HEAD_TOKENS 64   // most tokens of a head call
 #define PEREGRINE_GEMM_TILE 32768  // most sums of a tile of gptq_gemm
 #define PEREGRINE_GEMM_GROUPS 3    // most groups of four warps they are spread over
@@ -88,6 +89,7 @@ typedef struct GptqOutput {
     uint16_t* gelu_out;
     uint32_t out_stride, gelu_stride;
     uint32_t split_row;  // a multiple of 16
+    uint32_t planes;     // 1: gelu_out gets planes, of 9 to 16 tokens, by a gptq_batch whose x is planes
 } GptqOutput;
 
 // A product that comes later in the stream.
@@ -109,6 +111,7 @@ typedef struct GptqMatmulParams {
     uint32_t x_stride;   // a multiple of 8
     uint32_t tokens;
     uint32_t slices;     // K slices: 1, or more with partials
+    uint32_t planes;     // 1: x is planes, for gptq_batch where gptq_batch_planes says so
     GptqOutput y;
     // Only gptq_gemm uses these, to spread a product evenly over the GPU; without them it takes whole tiles:
     float* split_sums;     // [multiprocessors, GEMM_TILE]: sums of tiles that blocks share
@@ -124,6 +127,8 @@ typedef struct GptqMatmulParams {
 int32_t gptq_gemv(const GptqMatmulParams* p, const Launch* l);  // tokens <= PEREGRINE_GEMV_TOKENS
 int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PEREGRINE_BATCH_TOKENS
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
+
+uint32_t gptq_batch_planes(const GptqMatrix* w);  // 1: gptq_batch of 9 to 16 tokens takes planes, on this GPU; else 0
 
 // gptq_near: a matrix once more, in the order in which gptq_batch reads it, by the sides of L2 (cuda/near.cuh).
 typedef struct GptqNearParams {
@@ -200,6 +205,7 @@ typedef struct LayernormParams {
     const float* bias;       // [hidden]
     uint16_t* out;           // [tokens, hidden] f16
     uint32_t tokens, hidden, slices;
+    uint32_t planes;         // 1: out gets planes, of up to 16 tokens on sm_90; hidden % 64 == 0
     float epsilon;
 } LayernormParams;
 int32_t layernorm(const LayernormParams* p, const Launch* l);
@@ -237,6 +243,8 @@ typedef struct AttnDecodeParams {
     float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], and PEREGRINE_READY_WORDS if awaited; zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
+    uint32_t planes;          // 1: out is the begin of planes, of which the first token's first value is number `first`, a multiple of 64
+    uint32_t first;
     uint32_t reach;           // every token's position is said to be less; longer contexts take more time, no more
     // 1: the gptq_batch behind it awaits it, and it may await the one in front, by the words behind the arrivals (cuda/ready.cuh).
     uint32_t awaited;

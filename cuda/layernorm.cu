@@ -1,5 +1,5 @@
 // layernorm — x += partials + bias, then out = (x - mean) / sqrt(variance + eps) * weight + bias.   Reference: reference.rs::layernorm
-// Shapes   x [tokens, hidden] f32, hidden <= 8192 and % 4 == 0; partials [slices, tokens, hidden] f32; out f16.
+// Shapes   x [tokens, hidden] f32, hidden <= 8192 and % 4 == 0; partials [slices, tokens, hidden] f32; out f16, or planes (planes.cuh).
 // Mapping  one block of 512 threads a token; to 64 tokens on sm_90 a cluster of four blocks, one float4 a thread. The row stays in
 //          registers. The residual and all its slices are asked for together; a cluster asks for weight and bias before the predecessor
 //          has finished.
@@ -26,7 +26,7 @@
 // Cost     one token: 109 KB from L2, a chain of latencies (load, exchange of sums, store), not bandwidth.
 #include "bulk.cuh"
 #include "launch.cuh"
-#include "units.cuh"
+#include "planes.cuh"
 
 namespace {
 
@@ -109,6 +109,33 @@ struct Row {
     }
 };
 
+// float4 of a block, of planes in whole units.
+__host__ __device__ __forceinline__ uint32_t own_vectors(const LayernormParams& p, uint32_t blocks) {
+    constexpr uint32_t unit = UNIT_INPUTS / 4;
+    const uint32_t own = (p.hidden / 4 + blocks - 1) / blocks;
+    return p.planes ? (own + unit - 1) / unit * unit : own;
+}
+
+// Four values of a row, number e of its float4, as planes. A half warp has a unit. Of its 16 inputs lanes t, of four, has 4 t .. 4 t + 3;
+// with lane t ^ 2 it makes two words of each plane, of which it stores one.
+__device__ __forceinline__ void store_planes(const LayernormParams& p, float4 v, uint32_t e) {
+    const uint32_t lane = threadIdx.x % 32, mask = 0xffffu << (lane & 16), row = blockIdx.x / CLUSTER;
+    float most = larger(larger(v.x, v.y), larger(v.z, v.w));
+#pragma unroll
+    for (int step = 8; step; step /= 2) most = larger(most, __shfl_xor_sync(mask, most, step));
+    const PlaneStep step(most);
+    const int32_t a = step(v.x), b = step(v.y), c = step(v.z), d = step(v.w);
+    const bool late = lane & 2;
+    const auto word = [mask, late](uint32_t bytes) {
+        const uint32_t other = __shfl_xor_sync(mask, bytes, 2);
+        return late ? __byte_perm(other, bytes, 0x7362) : __byte_perm(bytes, other, 0x5140);
+    };
+    uint8_t* to = plane_unit(p.out, e / 16) + plane_chunk(row, e % 16 / 4) + (lane % 2 * 2 + late) * 4;
+    *reinterpret_cast<uint32_t*>(to) = word(high_bytes(a, b, c, d));
+    *reinterpret_cast<uint32_t*>(to + PLANE_BYTES) = word(low_bytes(a, b, c, d));
+    if (e % 16 == 0) plane_steps(p.out, p.hidden)[e / 16 * PLANE_TOKENS + row] = step.step;
+}
+
 template <bool PARTIALS, int BLOCKS, int VECTORS>
 __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constant__ LayernormParams p) {
     overlap_next();
@@ -117,7 +144,7 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
     __shared__ uint64_t all;
     Row<BLOCKS>::begin(all);
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const uint32_t vectors = p.hidden / 4, own = (vectors + BLOCKS - 1) / BLOCKS, first = Row<BLOCKS>::rank() * own;
+    const uint32_t vectors = p.hidden / 4, own = own_vectors(p, BLOCKS), first = Row<BLOCKS>::rank() * own;
     const uint32_t end = min(first + own, vectors);
     const size_t row = (size_t)(blockIdx.x / BLOCKS) * vectors;
     float4* x = reinterpret_cast<float4*>(p.x) + row;
@@ -175,6 +202,11 @@ __global__ void __launch_bounds__(THREADS) layernorm_kernel(const __grid_constan
         if (PARTIALS) x[e] = v[i];
         float4 w = weight[i], b = bias[i];
         if (BLOCKS == 1) w = load(p.weight, e), b = load(p.bias, e);
+        if (BLOCKS > 1 && p.planes) {
+            store_planes(p, make_float4((v[i].x - mean) * rstd * w.x + b.x, (v[i].y - mean) * rstd * w.y + b.y,
+                                        (v[i].z - mean) * rstd * w.z + b.z, (v[i].w - mean) * rstd * w.w + b.w), e);
+            continue;
+        }
         __half2 lo = __floats2half2_rn((v[i].x - mean) * rstd * w.x + b.x, (v[i].y - mean) * rstd * w.y + b.y);
         __half2 hi = __floats2half2_rn((v[i].z - mean) * rstd * w.z + b.z, (v[i].w - mean) * rstd * w.w + b.w);
         reinterpret_cast<uint2*>(p.out)[row + e] = make_uint2(*reinterpret_cast<uint32_t*>(&lo), *reinterpret_cast<uint32_t*>(&hi));
@@ -192,7 +224,10 @@ int32_t run(const LayernormParams* p, const Launch* l, uint32_t threads) {
 extern "C" int32_t layernorm(const LayernormParams* p, const Launch* l) {
     if (p->tokens == 0 || p->hidden == 0 || p->hidden % 4 || p->hidden > THREADS * VECTORS * 4) return PEREGRINE_BAD_SHAPE;
     if (p->partials && p->slices > MAX_SLICES) return PEREGRINE_BAD_SHAPE;
+    if (p->planes && (p->tokens > PLANE_TOKENS || p->hidden % UNIT_INPUTS || !hopper_multiprocessors<layernorm_kernel<true, CLUSTER, 1>>()))
+        return PEREGRINE_BAD_SHAPE;
     if (p->tokens > FEW_TOKENS || !hopper_multiprocessors<layernorm_kernel<true, CLUSTER, 1>>()) return run<1, VECTORS>(p, l, THREADS);
-    const uint32_t own = (p->hidden / 4 + CLUSTER - 1) / CLUSTER;  // float4 of a block, one a thread
+    const uint32_t own = own_vectors(*p, CLUSTER);  // one a thread
+    if (own > THREADS) return PEREGRINE_BAD_SHAPE;
     return run<CLUSTER, 1>(p, l, (own + 31) / 32 * 32);
 }

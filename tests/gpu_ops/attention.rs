@@ -144,7 +144,7 @@ fn attn_prefill_in_pieces_is_the_whole() {
         let piece = DevBuf::from_host(&stream, "qkv", &qkv[position * row..][..count * row]).unwrap();
         let tokens = DevBuf::from_host(&stream, "tokens", &words(&run_of(0, position, count))).unwrap();
         let mut out = nan16(&stream, count * stride);
-        let output = AttnOutput { out: &mut out, first: 0, stride, awaited: false };
+        let output = AttnOutput { out: &mut out, first: 0, stride, planes: false, awaited: false };
         ops::attn_prefill(&stream, &piece, heads, &cache, StepTokens::list(&tokens, count), output).unwrap();
         download(&stream, &out)
     };
@@ -178,7 +178,7 @@ fn check_prefill(stream: &Stream, case: &Case, slot: usize) {
     let tokens = DevBuf::from_host(stream, "tokens", &words(&run_of(slot, position, m))).unwrap();
     let once = || {
         let mut out = nan16(stream, first + m * stride);
-        let output = AttnOutput { out: &mut out, first, stride, awaited: false };
+        let output = AttnOutput { out: &mut out, first, stride, planes: false, awaited: false };
         ops::attn_prefill(stream, &qkv, heads, &cache, StepTokens::list(&tokens, m), output).unwrap();
         download(stream, &out)
     };

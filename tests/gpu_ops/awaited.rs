@@ -68,7 +68,7 @@ impl Layer {
         let (mut qkv, mut x) = (nan16(stream, m * qkv_size), nan16(stream, m * wide));
         let mut sums: Vec<_> = inputs.iter().map(|_| nan32(stream, self.slices * m * hidden)).collect();
         let front = |stream: &Stream, input, qkv: &mut _, x: &mut _, scratch: &AttnScratch| {
-            let a = Activations { x: input, stride: hidden, tokens: m, attention: None };
+            let a = Activations { x: input, stride: hidden, tokens: m, planes: false, attention: None };
             let (split_row, gelu_stride) = (qkv_size, wide);
             let announced = awaited.then_some(scratch);
             let next = Some(NextProduct { w: &self.down, slices: self.slices });
@@ -77,6 +77,7 @@ impl Layer {
                 gelu_out: x,
                 gelu_stride,
                 split_row,
+                planes: false,
                 bias: None,
                 announced,
                 next,
@@ -88,7 +89,7 @@ impl Layer {
             front(stream, &inputs[0], &mut qkv, &mut x, &scratch);
             scratch.forget(stream).unwrap();
             front(stream, &inputs[0], &mut qkv, &mut x, &scratch);
-            let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
+            let output = AttnOutput { out: &mut x, first: ffn, stride: wide, planes: false, awaited };
             let tokens = StepTokens::list(&words, m).within(reach);
             ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output).unwrap();
             scratch.forget(stream).unwrap();
@@ -102,12 +103,12 @@ impl Layer {
             for (input, sums) in inputs.iter().zip(&mut sums) {
                 front(stream, input, &mut qkv, &mut x, &scratch);
                 settle();
-                let output = AttnOutput { out: &mut x, first: ffn, stride: wide, awaited };
+                let output = AttnOutput { out: &mut x, first: ffn, stride: wide, planes: false, awaited };
                 let tokens = StepTokens::list(&words, m).within(reach);
                 ops::attn_decode(stream, &qkv, &mut cache, &self.table, tokens, &mut scratch, output)?;
                 settle();
                 let attention = awaited.then_some(&scratch);
-                let a = Activations { x: &x, stride: wide, tokens: m, attention };
+                let a = Activations { x: &x, stride: wide, tokens: m, planes: false, attention };
                 let output = MatmulOutput::Partials(sums);
                 ops::gptq_matmul(stream, MatmulKernel::Batch, &self.down, 0..hidden, a, self.slices, output)?;
                 settle();

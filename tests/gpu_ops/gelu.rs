@@ -39,11 +39,12 @@ fn gptq_gemm_and_others_give_gelu_of_all_sizes() {
             gelu_out: &mut wide,
             gelu_stride: n - qkv,
             split_row: qkv,
+            planes: false,
             bias: Some(&bias),
             announced: None,
             next: None,
         };
-        let a = Activations { x: &x, stride: 64, tokens: m, attention: None };
+        let a = Activations { x: &x, stride: 64, tokens: m, planes: false, attention: None };
         ops::gptq_matmul(&stream, kernel, &w, 0..n, a, 1, output).unwrap();
         assert_eq!(to_f32(&out.download(&stream, 0, m * qkv).unwrap()), vec![0.25; m * qkv]);
         let got = to_f32(&wide.download(&stream, 0, m * (n - qkv)).unwrap());

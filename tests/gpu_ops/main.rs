@@ -17,6 +17,7 @@ mod gelu;
 mod gpu;
 mod kit;
 mod matmul;
+mod planes;
 mod rows;
 mod sampling;
 mod table;

@@ -46,7 +46,7 @@ fn run_partials(
     slices: usize,
 ) -> Vec<f32> {
     let mut out = nan32(stream, slices * m * w.n);
-    let a = Activations { x, stride: w.k, tokens: m, attention: None };
+    let a = Activations { x, stride: w.k, tokens: m, planes: false, attention: None };
     ops::gptq_matmul(stream, kernel, w, 0..w.n, a, slices, MatmulOutput::Partials(&mut out)).unwrap();
     out.download(stream, 0, slices * m * w.n).unwrap()
 }
@@ -278,11 +278,13 @@ fn gptq_matmul_splits_rows() {
                         gelu_out: &mut gelu_out,
                         gelu_stride: stride,
                         split_row: qkv,
+                        planes: false,
                         bias: Some(&bias_gpu),
                         announced: None,
                         next: None,
                     };
-                    let a = Activations { x: &x_gpu, stride: hidden, tokens: m, attention: None };
+                    let a =
+                        Activations { x: &x_gpu, stride: hidden, tokens: m, planes: false, attention: None };
                     ops::gptq_matmul(&stream, kernel, &w, rows, a, 1, output).unwrap();
                 }
                 let out = out.download(&stream, 0, m * qkv).unwrap();
@@ -334,7 +336,7 @@ fn gptq_matmul_adds_to_the_residual() {
         want.chunks_mut(hidden).for_each(|row| reference::add(row, &bias));
         let mut got = DevBuf::from_host(&stream, "residual", &residual).unwrap();
         let x_gpu = DevBuf::from_host(&stream, "x", &x).unwrap();
-        let a = Activations { x: &x_gpu, stride: ffn + hidden, tokens: m, attention: None };
+        let a = Activations { x: &x_gpu, stride: ffn + hidden, tokens: m, planes: false, attention: None };
         let output = MatmulOutput::Residual { x: &mut got, bias: Some(&bias_gpu) };
         ops::gptq_matmul(&stream, kernel, &w, 0..hidden, a, 1, output).unwrap();
         let got = got.download(&stream, 0, m * hidden).unwrap();

@@ -34,7 +34,7 @@ fn layernorm_matches_reference() {
                     slices,
                     bias: Some(&sum_bias_gpu),
                 });
-                ops::layernorm(&stream, &norm, &mut x, pending, m, &mut out).unwrap();
+                ops::layernorm(&stream, &norm, &mut x, pending, m, &mut out, false).unwrap();
                 (x.download(&stream, 0, m * hidden).unwrap(), out.download(&stream, 0, m * hidden).unwrap())
             };
             let (new_x, out) = run(&x);

@@ -7,6 +7,7 @@ use super::step::StepTokens;
 use super::{call, check, launch_on, u32_of};
 use crate::error::{Error, Result};
 use crate::layout::{HEAD_DIM, UNIT_ROWS};
+use crate::planes;
 
 /// Keys one warp of `attn_decode` takes.
 const ATTN_CHUNK: usize = ffi::PEREGRINE_ATTN_CHUNK as usize;
@@ -122,7 +123,7 @@ impl AttnScratch {
     }
 }
 
-/// Attention's output: `heads * 64` f16 values a token, from `first` on, `stride` apart.
+/// Attention's output: `heads * 64` f16 values a token, from `first` on, `stride` apart; or as many of [planes](crate::planes)' inputs.
 pub struct AttnOutput<'a> {
     /// The buffer.
     pub out: &'a mut DevBuf<u16>,
@@ -130,6 +131,8 @@ pub struct AttnOutput<'a> {
     pub first: usize,
     /// Values between two tokens; a multiple of 8.
     pub stride: usize,
+    /// `attn_decode` of up to 16 tokens writes planes of `stride` inputs: `first` and `stride` are multiples of 64.
+    pub planes: bool,
     /// By words of its scratch `attn_decode` awaits the first rows of the `gptq_batch` launched before
     /// ([`announced`](super::MatmulOutput::Split::announced)), and the one that is launched next awaits it ([`Activations::attention`]).
     ///
@@ -139,6 +142,10 @@ pub struct AttnOutput<'a> {
 
 impl AttnOutput<'_> {
     fn ptr(self, op: &str, stream: &Stream, tokens: usize, heads: usize) -> Result<*mut u16> {
+        if self.planes {
+            self.out.require(op, planes::len(self.stride.max(self.first + heads * HEAD_DIM)))?;
+            return Ok(self.out.ptr_mut(stream));
+        }
         self.out.require(op, self.first + tokens.saturating_sub(1) * self.stride + heads * HEAD_DIM)?;
         if !self.first.is_multiple_of(8) || !self.stride.is_multiple_of(8) {
             return Err(Error::Cuda {
@@ -168,7 +175,7 @@ pub fn attn_decode(
     table.require(op, cache.max_context * HEAD_DIM)?;
     scratch.require(op, heads, cache.max_context, m)?;
     let (partials, arrivals) = scratch.ptrs(stream);
-    let awaited = output.awaited;
+    let (awaited, planes, first) = (output.awaited, output.planes, output.first);
     let params = ffi::AttnDecodeParams {
         qkv: qkv.ptr(stream),
         k_cache: cache.k.ptr_mut(stream),
@@ -183,6 +190,8 @@ pub fn attn_decode(
         heads: u32_of(op, heads)?,
         slots: u32_of(op, cache.slots)?,
         max_context: u32_of(op, cache.max_context)?,
+        planes: u32::from(planes),
+        first: u32_of(op, first)?,
         reach: u32_of(op, tokens.reach.min(cache.max_context))?,
         awaited: u32::from(awaited),
     };
@@ -200,6 +209,9 @@ pub fn attn_prefill(
     output: AttnOutput<'_>,
 ) -> Result<()> {
     let op = "attn_prefill";
+    if output.planes {
+        return Err(Error::Cuda { op: op.into(), what: "it writes no planes".into() });
+    }
     qkv.require(op, tokens.count * (heads + 2) * HEAD_DIM)?;
     cache.require(op)?;
     let params = ffi::AttnPrefillParams {

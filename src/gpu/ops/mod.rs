@@ -33,7 +33,9 @@ pub use decode_step::{
 pub use matrix::{Int4Matrix, RawGptq, gptq_repack, row_factors};
 pub use on_sides::{OnSides, to_sides};
 pub use probe::{Exactness, SideTimes, mma_peak, mma_peak_flop, sides, stream_read, unpack_check};
-pub use product::{Activations, MatmulKernel, MatmulOutput, NextProduct, gptq_matmul, slices};
+pub use product::{
+    Activations, MatmulKernel, MatmulOutput, NextProduct, gptq_batch_planes, gptq_matmul, slices,
+};
 pub use rows::{Norm, PendingSum, layernorm, permute};
 pub use sampling::{SamplerShape, SamplerState, sample, start, stop};
 pub use step::{STEP_FIRST, STEP_TOKEN_WORDS, StepTokens, step_token_words};
@@ -47,6 +49,8 @@ pub const BATCH_TOKENS: usize = ffi::PEREGRINE_BATCH_TOKENS as usize;
 pub const HEAD_TOKENS: usize = ffi::PEREGRINE_HEAD_TOKENS as usize;
 /// Most tokens of a decode step, and of an `attn_decode` call.
 pub const STEP_TOKENS: usize = ffi::PEREGRINE_STEP_TOKENS as usize;
+
+const _: () = assert!(crate::planes::PLANE_TOKENS == ffi::PEREGRINE_PLANE_TOKENS as usize);
 
 fn u32_of(op: &str, value: usize) -> Result<u32> {
     u32::try_from(value)

@@ -6,6 +6,7 @@ use super::super::ffi;
 use super::{AttnScratch, Int4Matrix, call, check, launch_on, u32_of};
 use crate::error::{Error, Result};
 use crate::layout::UNIT_INPUTS;
+use crate::planes;
 
 /// Where a quantised product goes; see `GptqOutput` in `cuda/kernels.h`.
 pub enum MatmulOutput<'a> {
@@ -28,6 +29,8 @@ pub enum MatmulOutput<'a> {
         gelu_stride: usize,
         /// A multiple of 16.
         split_row: usize,
+        /// `gelu_out` gets [planes](crate::planes), if the activations are some: rows of `gelu_stride` inputs.
+        planes: bool,
         /// `[n]` of the whole matrix.
         bias: Option<&'a DevBuf<f32>>,
         /// For [`MatmulKernel::Batch`] right in front of an `attn_decode` whose output is [`awaited`](super::AttnOutput::awaited): its
@@ -84,7 +87,7 @@ impl MatmulKernel {
     }
 }
 
-/// Activations of a product: `[tokens, stride]` f16.
+/// Activations of a product: `[tokens, stride]` f16, or [planes](crate::planes).
 #[derive(Clone, Copy)]
 pub struct Activations<'a> {
     /// The values.
@@ -93,6 +96,8 @@ pub struct Activations<'a> {
     pub stride: usize,
     /// Tokens.
     pub tokens: usize,
+    /// They are planes, for a [`MatmulKernel::Batch`] of 9 to 16 tokens whose matrix [takes them](gptq_batch_planes).
+    pub planes: bool,
     /// For [`MatmulKernel::Batch`] right behind an `attn_decode` of as many tokens whose output is
     /// [`awaited`](super::AttnOutput::awaited): its scratch. It writes the [last inputs](Int4Matrix::with_attn_input); those before were there
     /// before it, so the product overtakes it in a step that is captured (`src/gpu/overtake.rs`).
@@ -123,9 +128,20 @@ fn output_params(
             y.residual = x.ptr_mut(stream);
             y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream));
         }
-        MatmulOutput::Split { out, gelu_out, gelu_stride, split_row, bias, announced: _, next: _ } => {
+        MatmulOutput::Split {
+            out,
+            gelu_out,
+            gelu_stride,
+            split_row,
+            planes,
+            bias,
+            announced: _,
+            next: _,
+        } => {
             out.require(op, tokens * split_row)?;
-            if rows.end > split_row {
+            if planes {
+                gelu_out.require(op, planes::len(gelu_stride.max(rows.end.saturating_sub(split_row))))?;
+            } else if rows.end > split_row {
                 gelu_out.require(op, (tokens - 1) * gelu_stride + rows.end - split_row)?;
             }
             bias.map_or(Ok(()), |b| b.require(op, matrix_n))?;
@@ -141,6 +157,7 @@ fn output_params(
             y.gelu_stride = u32_of(op, gelu_stride)?;
             // Rows are counted from the range's first: a range that starts at the split has no row below it.
             y.split_row = u32_of(op, split_row - rows.start)?;
+            y.planes = u32::from(planes);
             y.bias = bias.map_or(std::ptr::null(), |b| b.ptr(stream).wrapping_add(rows.start));
         }
     }
@@ -191,7 +208,7 @@ pub fn gptq_matmul(
             what: format!("{} tokens of {} inputs, wanted {}", a.tokens, a.stride, w.k),
         });
     }
-    a.x.require(op, (a.tokens - 1) * a.stride + w.k)?;
+    a.x.require(op, if a.planes { planes::len(a.stride) } else { (a.tokens - 1) * a.stride + w.k })?;
     let (announce, next) = neighbours(op, stream, kernel, a.tokens, &output)?;
     let y = output_params(op, stream, w.n, &rows, a.tokens, slices, output)?;
     let ready = match a.attention {
@@ -208,6 +225,7 @@ pub fn gptq_matmul(
         x_stride: u32_of(op, a.stride)?,
         tokens: u32_of(op, a.tokens)?,
         slices: u32_of(op, slices)?,
+        planes: u32::from(a.planes),
         y,
         // Written by the kernel; kernels of one stream run in order, and nothing else has these pointers.
         split_sums: split.map_or(std::ptr::null_mut(), |s| s.sums.ptr(stream).cast_mut()),
@@ -218,12 +236,27 @@ pub fn gptq_matmul(
         next,
         claims: if by_copy { w.claims(stream) } else { ffi::SideClaims::default() },
     };
+    if a.planes && kernel != MatmulKernel::Batch {
+        return Err(Error::Cuda { op: op.into(), what: "it does not take planes".into() });
+    }
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
         MatmulKernel::Batch => call!(gptq_batch, stream, params),
         MatmulKernel::Gemm => call!(gptq_gemm, stream, params),
     }?;
     if overtakes { stream.overtake() } else { Ok(()) }
+}
+
+/// Whether `gptq_batch` of 9 to 16 tokens takes [planes](crate::planes) for `w`: on sm_90a, one scale for 64 inputs, no zero points.
+///
+/// # Errors
+/// The driver fails, or `w` is broken.
+#[allow(unsafe_code)]
+pub fn gptq_batch_planes(stream: &Stream, w: &Int4Matrix) -> Result<bool> {
+    let matrix = w.params("gptq_batch", stream, &(0..w.n))?;
+    launch_on(stream)?; // the device it asks about is the thread's
+    // SAFETY: reads one struct, which says a shape; its pointers are not followed.
+    Ok(unsafe { ffi::gptq_batch_planes(&raw const matrix) } == 1)
 }
 
 /// K slices a product is cut into so that one fits `gptq_gemv`.

@@ -5,6 +5,7 @@ use super::super::context::Stream;
 use super::super::ffi;
 use super::{call, check, launch_on, u32_of};
 use crate::error::Result;
+use crate::planes;
 
 /// Weight and bias of a LayerNorm.
 pub struct Norm {
@@ -35,12 +36,13 @@ pub fn layernorm(
     pending: Option<PendingSum<'_>>,
     tokens: usize,
     out: &mut DevBuf<u16>,
+    planes: bool,
 ) -> Result<()> {
     let op = "layernorm";
     let hidden = norm.weight.len();
     norm.bias.require(op, hidden)?;
     x.require(op, tokens * hidden)?;
-    out.require(op, tokens * hidden)?;
+    out.require(op, if planes { planes::len(hidden) } else { tokens * hidden })?;
     let mut params = ffi::LayernormParams {
         x: x.ptr_mut(stream),
         partials: std::ptr::null(),
@@ -51,6 +53,7 @@ pub fn layernorm(
         tokens: u32_of(op, tokens)?,
         hidden: u32_of(op, hidden)?,
         slices: 0,
+        planes: u32::from(planes),
         epsilon: norm.epsilon,
     };
     if let Some(sum) = pending {

@@ -239,7 +239,7 @@ impl Call for AttentionCall {
 
     fn launch(&mut self, stream: &Stream) -> Result<()> {
         let stride = self.heads * HEAD_DIM + GAP;
-        let output = AttnOutput { out: &mut self.out, first: FIRST, stride, awaited: false };
+        let output = AttnOutput { out: &mut self.out, first: FIRST, stride, planes: false, awaited: false };
         let tokens = StepTokens::list(&self.words, self.m);
         if self.decode {
             let (cache, scratch) = (&mut self.cache, &mut self.scratch);

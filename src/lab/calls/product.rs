@@ -284,13 +284,14 @@ impl Call for ProductCall {
                     gelu_out,
                     gelu_stride,
                     split_row,
+                    planes: false,
                     bias,
                     announced: None,
                     next: None,
                 }
             }
         };
-        let a = Activations { x: &self.x, stride: k, tokens: m, attention: None };
+        let a = Activations { x: &self.x, stride: k, tokens: m, planes: false, attention: None };
         ops::gptq_matmul(stream, self.kernel, &self.w, 0..n, a, self.slices, output)
     }
 

@@ -145,7 +145,7 @@ impl Call for LayernormCall {
     fn launch(&mut self, stream: &Stream) -> Result<()> {
         let sum = PendingSum { partials: &self.partials, slices: self.slices, bias: Some(&self.sum_bias) };
         let pending = (self.slices > 0).then_some(sum);
-        ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out)
+        ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out, false)
     }
 
     fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
