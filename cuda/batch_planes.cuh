@@ -52,7 +52,7 @@ __device__ __forceinline__ uint32_t code_bytes(uint32_t w) {
     return r;
 }
 
-// One unit as a warp has it in registers, and its steps.
+// One unit as a warp has it in registers.
 struct PlaneUnit {
     uint4 codes;
     __half2 scale;
