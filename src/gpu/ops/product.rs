@@ -236,8 +236,8 @@ pub fn gptq_matmul(
         next,
         claims: if by_copy { w.claims(stream) } else { ffi::SideClaims::default() },
     };
-    if a.planes && kernel != MatmulKernel::Batch {
-        return Err(Error::Cuda { op: op.into(), what: "it does not take planes".into() });
+    if (a.planes || params.y.planes != 0) && kernel != MatmulKernel::Batch {
+        return Err(Error::Cuda { op: op.into(), what: "it knows nothing of planes".into() });
     }
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
