@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
     }
     if (member > 0) return;
     if (there && (blocks == 1 || join_chunks(state, p, item, blocks))) {
-        if (p.planes) store_planes(state, p, item);
+        if (TEAM == WARPS && p.planes) store_planes(state, p, item);
         else store_heads(state, p, item, ToRows{p.out, p.out_stride});
     }
     __syncwarp();
@@ -182,10 +182,10 @@ __global__ void __launch_bounds__(WARPS * 32, 512 / (WARPS * 32)) attn_decode_ke
 }
 
 // As many warps as it takes to have no more blocks at work than find room beside [qkv ; up], one a multiprocessor: [down | dense] begins
-// when all have begun. Of long contexts four, as few warps would have [down | dense] wait for them.
+// when all have begun. Of long contexts four, as few warps would have [down | dense] wait for them. Planes are of few tokens.
 uint32_t team_of(const AttnDecodeParams& p) {
     const uint32_t items = p.tokens * attn_head_tiles(p.heads), room = hopper_multiprocessors<attn_decode_kernel<1>>();
-    if (!room || items <= room || p.reach > PEREGRINE_ATTN_SHORT) return 4;
+    if (!room || items <= room || p.reach > PEREGRINE_ATTN_SHORT || p.planes) return 4;
     return items <= room * 2 ? 2 : 1;
 }
 
