@@ -23,7 +23,8 @@
 //          know, so that it takes all 16, and divisions for steps: 1.165 for 1.126. Multiply-adds with a predicate instead of a branch around
 //          them: copies of sums. Neither, and scales of zero for units that are not there: C7512, as the branch is what holds back other
 //          instructions. Products that end before the next begins: the same. 32 texts, without steps: 1.50 for 1.28 by one product of 64
-//          columns a unit, 1.52 by two of 32, one under way while the other is scaled: scaling 16 sums takes more than unpacking f16.
+//          columns a unit (and the boxes of 64 bytes), 1.52 by two of 32, one under way while the other is scaled: scaling 16 sums takes more
+//          than unpacking f16.
 #pragma once
 #include "batch_wgmma.cuh"
 #include "planes.cuh"

@@ -87,8 +87,7 @@ typedef struct GptqOutput {
     float* residual;     // [tokens, n]
     uint16_t* out;
     uint16_t* gelu_out;
-    uint32_t out_stride, gelu_stride;
-    uint32_t split_row;  // a multiple of 16
+    uint32_t out_stride, gelu_stride, split_row;  // split_row a multiple of 16
     uint32_t planes;     // 1: gelu_out gets planes, of 9 to 16 tokens, by a gptq_batch whose x is planes
 } GptqOutput;
 
@@ -108,8 +107,7 @@ typedef struct SideClaims {
 typedef struct GptqMatmulParams {
     GptqMatrix w;
     const uint16_t* x;   // [tokens, x_stride] f16; the first k of each row are used
-    uint32_t x_stride;   // a multiple of 8
-    uint32_t tokens;
+    uint32_t x_stride, tokens;  // x_stride a multiple of 8
     uint32_t slices;     // K slices: 1, or more with partials
     uint32_t planes;     // 1: x is planes, for gptq_batch where gptq_batch_planes says so
     GptqOutput y;
@@ -129,7 +127,6 @@ int32_t gptq_batch(const GptqMatmulParams* p, const Launch* l); // tokens <= PER
 int32_t gptq_gemm(const GptqMatmulParams* p, const Launch* l);  // any number of tokens
 
 uint32_t gptq_batch_planes(const GptqMatrix* w);  // 1: gptq_batch of 9 to 16 tokens takes planes, on this GPU; else 0
-
 // gptq_near: a matrix once more, in the order in which gptq_batch reads it, by the sides of L2 (cuda/near.cuh).
 typedef struct GptqNearParams {
     GptqMatrix w;
@@ -204,8 +201,7 @@ typedef struct LayernormParams {
     const float* weight;     // [hidden]
     const float* bias;       // [hidden]
     uint16_t* out;           // [tokens, hidden] f16
-    uint32_t tokens, hidden, slices;
-    uint32_t planes;         // 1: out gets planes, of up to 16 tokens on sm_90; hidden % 64 == 0
+    uint32_t tokens, hidden, slices, planes;  // planes 1: out gets planes, of up to 16 tokens on sm_90; hidden % 64 == 0
     float epsilon;
 } LayernormParams;
 int32_t layernorm(const LayernormParams* p, const Launch* l);
@@ -243,8 +239,7 @@ typedef struct AttnDecodeParams {
     float* partials;          // [tokens, head tiles, chunks of max_context, 9, 32 lanes, 4] f32
     uint32_t* arrivals;       // [tokens, head tiles], and PEREGRINE_READY_WORDS if awaited; zero before and after
     uint32_t tokens, heads, out_stride, slots, max_context;
-    uint32_t planes;          // 1: out is the begin of planes, of which the first token's first value is number `first`, a multiple of 64
-    uint32_t first;
+    uint32_t planes, first;   // planes 1: out is the begin of planes, and heads are inputs `first`, a multiple of 64, on of each token
     uint32_t reach;           // every token's position is said to be less; longer contexts take more time, no more
     // 1: the gptq_batch behind it awaits it, and it may await the one in front, by the words behind the arrivals (cuda/ready.cuh).
     uint32_t awaited;

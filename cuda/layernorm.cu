@@ -116,8 +116,8 @@ __host__ __device__ __forceinline__ uint32_t own_vectors(const LayernormParams& 
     return p.planes ? (own + unit - 1) / unit * unit : own;
 }
 
-// Four values of a row, number e of its float4, as planes. A half warp has a unit. Of its 16 inputs lanes t, of four, has 4 t .. 4 t + 3;
-// with lane t ^ 2 it makes two words of each plane, of which it stores one.
+// Four values of a row, number e of its float4, as planes. A half warp has a unit, four lanes a chunk of it: lane t inputs 4 t .. 4 t + 3.
+// With lane t ^ 2 it makes two words of each plane, and stores one of them.
 __device__ __forceinline__ void store_planes(const LayernormParams& p, float4 v, uint32_t e) {
     const uint32_t lane = threadIdx.x % 32, mask = 0xffffu << (lane & 16), row = blockIdx.x / CLUSTER;
     float most = larger(larger(v.x, v.y), larger(v.z, v.w));

@@ -9,13 +9,14 @@
 // that masks alone make bytes of them.
 //
 // Numbers  the largest of the 64 is LARGEST steps. So a value is off by 2^-16 of that, where f16 is off by 2^-12 of the value.
-//          What is not finite makes the step so.
+//          What is not finite makes the step so. (gptq_gemv and decode_step make two bytes of f16 where they read them, by arithmetic of
+//          pairs: strip.cuh. These are made of f32, where it comes from.)
 #pragma once
 #include "units.cuh"
 
 constexpr uint32_t PLANE_TOKENS = PEREGRINE_PLANE_TOKENS;
 constexpr float LARGEST = 32639.f;  // 127 * 256 + 127: the nearest multiple of 256 fits its byte
-
+constexpr float LEAST = 1e-30f;     // of 64 values that are less, all are zero: LARGEST by the largest of them might be no f32
 constexpr uint32_t PLANE_BYTES = PLANE_TOKENS * UNIT_INPUTS;  // of a unit
 
 // A chunk's place in its unit; the low bytes' is PLANE_BYTES further on.
@@ -42,7 +43,7 @@ struct PlaneStep {
     float step, inverse;
     __device__ __forceinline__ explicit PlaneStep(float most) : step(most * (1.f / LARGEST)), inverse(0.f) {
         asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(most));  // to 2^-23: one division less where others wait
-        inverse = most > 1e-30f ? LARGEST * inverse : 0.f;
+        inverse = most > LEAST ? LARGEST * inverse : 0.f;
     }
     __device__ __forceinline__ int32_t operator()(float v) const { return __float2int_rn(v * inverse); }
 };

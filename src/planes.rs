@@ -10,6 +10,8 @@ use crate::layout::UNIT_INPUTS;
 pub const PLANE_TOKENS: usize = 16;
 /// Steps of the largest of 64 values.
 pub const LARGEST: f32 = 32639.0;
+/// Of 64 values that are less, all are zero.
+const LEAST: f32 = 1e-30;
 
 /// `u16`s of a buffer of `inputs` a token, a multiple of 64.
 #[must_use]
@@ -40,7 +42,7 @@ pub fn encode(x: &[f32], inputs: usize) -> Vec<u16> {
     for (m, row) in x.chunks(inputs).enumerate() {
         for (unit, values) in row.chunks(UNIT_INPUTS).enumerate() {
             let most = values.iter().fold(0f32, |most, v| most.max(v.abs()));
-            let (step, inverse) = (most / LARGEST, if most > 1e-30 { LARGEST / most } else { 0.0 });
+            let (step, inverse) = (most / LARGEST, if most > LEAST { LARGEST / most } else { 0.0 });
             let first = unit * UNIT_INPUTS;
             for (i, v) in values.iter().enumerate() {
                 let steps = (v * inverse).round_ties_even() as i32;
