@@ -12,6 +12,10 @@ use crate::kit::*;
 
 /// Rotation and attention in one, queries and keys rounded to f16 between. Measured: 2.4e-4.
 const DECODE_TOLERANCE: f64 = 4e-4;
+/// The same without the output's rounding to f16: it is bytes, see planes.rs. Measured: 9.5e-5.
+const PLANES_TOLERANCE: f64 = 1.5e-4;
+/// That rounding: 2.8e-4 at most. Measured: 2.1e-4.
+const F16_TOLERANCE: f64 = 3e-4;
 
 /// The sequences a call's tokens belong to: for each slot its values of every position, so that any run of tokens can be cut
 /// out of it.
@@ -215,7 +219,7 @@ fn attn_decode_as_planes_matches_reference() {
             );
             for (row, &place) in planes.iter().zip(&call) {
                 let what = format!("attn_decode as planes heads {heads} token {place:?}");
-                assert_close(&what, row, &sequences.want(place), DECODE_TOLERANCE);
+                assert_close(&what, row, &sequences.want(place), PLANES_TOLERANCE);
             }
             // What is rounded to f16 otherwise.
             let rows = sequences.run(&stream, &table, &mut scratch, &call);
@@ -224,7 +228,7 @@ fn attn_decode_as_planes_matches_reference() {
                 &format!("attn_decode as planes and as f16, heads {heads}"),
                 &planes.concat(),
                 &rows,
-                3e-4,
+                F16_TOLERANCE,
             );
         }
     }

@@ -7,12 +7,14 @@ use peregrine::{planes, reference};
 use crate::kit::*;
 
 /// Sums of bytes are exact, those of units are added in f32: 71 of them, 2^-24 / sqrt(12) each of a sum that grows. Measured: 1.4e-7.
-const SUMS_TOLERANCE: f64 = 4e-7;
+const SUMS_TOLERANCE: f64 = 2e-7;
 /// A value is rounded to steps of the largest of 64 / 32639: sqrt(1/12) of a step, 2.7e-5 of values whose largest is three times the usual
 /// one; and what f32 loses in front of that. f16 would cost 2e-4. Measured: 3.2e-5.
 const ROUNDED_TOLERANCE: f64 = 5e-5;
 /// The same of GELU, where the largest may be six times the usual one. Measured: 5.7e-5.
-const GELU_TOLERANCE: f64 = 8e-5;
+const GELU_TOLERANCE: f64 = 7e-5;
+/// Rounding to f16: 2.8e-4 at most. Measured: 2.2e-4.
+const F16_TOLERANCE: f64 = 3e-4;
 
 /// Where nothing was written: no step is one.
 const UNTOUCHED: u16 = 0xffff;
@@ -28,23 +30,24 @@ fn rows_of(buffer: &[u16], inputs: usize, m: usize) -> Vec<f32> {
     rows
 }
 
-fn takes(stream: &Stream, w: &ops::Int4Matrix) -> bool {
-    let takes = ops::gptq_batch_planes(stream, w).unwrap();
-    assert!(!takes || !w.has_zeros && w.scales_per_row == 1);
-    if !takes {
+/// Whether this GPU has planes at all. Where L2 is known to have sides it is a Hopper, which has.
+fn planes_here(stream: &Stream) -> bool {
+    let q = Quantised::new(&mut Random::new(1), 64, 64, G64);
+    let here = ops::gptq_batch_planes(stream, &repack(stream, 64, 64, &[(&q, 0, 0)])).unwrap();
+    assert!(here || stream.sides().is_none() || cfg!(not(peregrine_sm90)), "a Hopper without planes");
+    if !here {
         eprintln!("SKIPPED: no planes on this GPU, or by code for another");
     }
-    takes
+    here
 }
 
 #[test]
 fn layernorm_as_planes_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
-    let mut random = Random::new(5);
-    let q = Quantised::new(&mut random, 64, 64, G64);
-    if !takes(&stream, &repack(&stream, 64, 64, &[(&q, 0, 0)])) {
+    if !planes_here(&stream) {
         return;
     }
+    let mut random = Random::new(5);
     for hidden in [64, 320, 4544, 8192] {
         let (weight, bias) = (random.values(hidden, 1.0), random.values(hidden, 0.5));
         let norm = Norm {
@@ -79,11 +82,10 @@ fn layernorm_as_planes_matches_reference() {
 #[test]
 fn layernorm_as_planes_hides_no_nan() {
     let Some((_, stream)) = gpu() else { return };
-    let mut random = Random::new(6);
-    let q = Quantised::new(&mut random, 64, 64, G64);
-    if !takes(&stream, &repack(&stream, 64, 64, &[(&q, 0, 0)])) {
+    if !planes_here(&stream) {
         return;
     }
+    let mut random = Random::new(6);
     let (hidden, m) = (320, 9);
     let mut weight = vec![0.0; hidden];
     weight[70] = f32::NAN;
@@ -106,6 +108,9 @@ fn layernorm_as_planes_hides_no_nan() {
 #[test]
 fn gptq_batch_of_planes_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
+    if !planes_here(&stream) {
+        return;
+    }
     let mut random = Random::new(31);
     for (n, k, slices) in [
         (16, 64, 1),
@@ -118,10 +123,11 @@ fn gptq_batch_of_planes_matches_reference() {
     ] {
         let q = Quantised::new(&mut random, n, k, G64);
         let (w, copy) = (repack(&stream, n, k, &[(&q, 0, 0)]), repack(&stream, n, k, &[(&q, 0, 0)]));
-        if !takes(&stream, &w) {
-            return;
-        }
         copy.lay_near(&stream, slices).unwrap();
+        // Else the bits below are compared with their own: as in check_sliced.
+        let last_units = k / 64 - (slices - 1) * (k / 64).div_ceil(slices);
+        let wanted = stream.sides().is_some() && last_units >= 6;
+        assert_eq!(copy.bytes() > copy.plain_bytes(), wanted, "[{n}, {k}]: a copy");
         for m in [9, 10, 15, 16] {
             let x = planes::encode(&random.values(m * k, 1.0), k);
             let want = reference::gptq_matmul(&planes::decode(&x, k, m), &q.tensor());
@@ -146,15 +152,15 @@ fn gptq_batch_of_planes_matches_reference() {
 #[test]
 fn gptq_batch_to_planes_matches_reference() {
     let Some((_, stream)) = gpu() else { return };
+    if !planes_here(&stream) {
+        return;
+    }
     let mut random = Random::new(32);
     // The last inputs of a row are attention's: nobody touches them here.
     for (qkv, ffn, hidden) in [(64, 192, 64), (448, 1280, 320), (4672, 18176, 4544)] {
         let (a, b) =
             (Quantised::new(&mut random, qkv, hidden, G64), Quantised::new(&mut random, ffn, hidden, G64));
         let w = repack(&stream, qkv + ffn, hidden, &[(&a, 0, 0), (&b, qkv, 0)]);
-        if !takes(&stream, &w) {
-            return;
-        }
         let bias = random.values(qkv + ffn, 0.5);
         let bias_gpu = DevBuf::from_host(&stream, "bias", &bias).unwrap();
         let stride = ffn + hidden;
@@ -190,7 +196,7 @@ fn gptq_batch_to_planes_matches_reference() {
             };
             let (out, wide) = run();
             assert!((out.clone(), wide.clone()) == run(), "m {m}: second run differs");
-            assert_close(&format!("qkv of planes m {m}"), &to_f32(&out), &want_qkv, 3e-4);
+            assert_close(&format!("qkv of planes m {m}"), &to_f32(&out), &want_qkv, F16_TOLERANCE);
             let wide = planes::decode(&wide, stride, m);
             let up: Vec<f32> = wide.chunks(stride).flat_map(|row| row[..ffn].to_vec()).collect();
             assert_close(&format!("gelu as planes [{ffn}] m {m}"), &up, &want_up, GELU_TOLERANCE);
