@@ -40,9 +40,9 @@ pub fn take() -> Result<Vec<(&'static str, f64)>> {
         .collect()
 }
 
-/// The start of a launch that is recorded.
+/// The start of a launch that is recorded. One that goes into a graph does not run now, and an event beside it has no time.
 pub(super) fn open(op: &'static str, stream: &Stream) -> Result<Option<(&'static str, Event)>> {
-    let recorded = RECORDING.with(|recording| recording.borrow().is_some());
+    let recorded = RECORDING.with(|recording| recording.borrow().is_some()) && !stream.captures();
     recorded.then(|| Ok((op, stream.record(true)?))).transpose()
 }
 
