@@ -1,8 +1,9 @@
 //! Decode steps of 1 to 64 texts together, on a checkpoint: `cargo bench --bench steps DIR [CONTEXT [sustained]]`.
 //!
 //! Each text has a random prompt of CONTEXT tokens (128 unless given); then greedy steps, sampling included, as a caller sees them: from the
-//! return of one `next_step` to that of the next. Median of the steps, with the 10th and 90th percentile. Bytes are those of the
-//! weights, each read once a step; prompts are not timed.
+//! return of one `next_step` to that of the next. Median of the steps, with the 10th and 90th percentile; and the mean of the whole answer,
+//! from its first step to its last, the ones included that were queued ahead. Bytes are those of the weights, each read once a step; prompts
+//! are not timed.
 //!
 //! A GPU that has worked for half a second may have reached its power limit, and from then on its clock depends on what it did before: the
 //! same step takes up to 10 % longer. So each number of texts begins with a GPU that has rested, as the first one does: before the
@@ -65,10 +66,10 @@ fn main() {
     let from = if sustained { "sustained" } else { "from rest" };
     println!("{}, context {context}, {:.2} GB of weights, {from}", engine.device_name(), weights / 1e9);
     println!(
-        "{:>5} {:>9} {:>19} {:>10} {:>7} {:>9}",
-        "texts", "ms/step", "10 % .. 90 %", "tokens/s", "TB/s", "x 1 text"
+        "{:>5} {:>9} {:>19} {:>10} {:>7} {:>9} {:>9} {:>9}",
+        "texts", "ms/step", "10 % .. 90 %", "tokens/s", "TB/s", "x 1 text", "answer", "x 1 text"
     );
-    let mut one = 0.0;
+    let (mut one, mut one_answer) = (0.0, 0.0);
     for slots in SLOTS {
         let mut batch = engine.batch(slots, SessionOptions::default()).unwrap();
         let id = |i: u64| ((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % vocab;
@@ -92,16 +93,18 @@ fn main() {
                 last = Instant::now();
             }
         }
+        let answer = ms.iter().sum::<f64>() / ms.len() as f64;
         ms.drain(..WARM_UP);
         ms.sort_by(f64::total_cmp);
         let [low, median, high] = [1, 5, 9].map(|tenth| ms[ms.len() * tenth / 10]);
         if slots == 1 {
-            one = median;
+            (one, one_answer) = (median, answer);
         }
         let (rate, tb) = (slots as f64 / median * 1e3, weights / median / 1e9);
         println!(
-            "{slots:>5} {median:>9.3} {low:>8.3} .. {high:>7.3} {rate:>10.0} {tb:>7.2} {:>9.2}",
-            median / one
+            "{slots:>5} {median:>9.3} {low:>8.3} .. {high:>7.3} {rate:>10.0} {tb:>7.2} {:>9.3} {answer:>9.3} {:>9.3}",
+            median / one,
+            answer / one_answer
         );
     }
 }
