@@ -317,6 +317,26 @@ fn attn_decode_of_short_contexts_matches_reference() {
     }
 }
 
+/// A `reach` is a hint: where positions are beyond it, teams of two warps and of one have all the same keys, in more time.
+#[test]
+fn attn_decode_beyond_its_reach_matches_reference() {
+    let Some((_, stream)) = gpu() else { return };
+    let table = rope_table(&stream).unwrap();
+    let (heads, length) = (71, ops::ATTN_SHORT + 300);
+    let sequences = Sequences::new(&stream, &table, heads, &[length]);
+    let mut scratch = AttnScratch::new(&stream, heads, CONTEXT, ops::STEP_TOKENS).unwrap();
+    for m in [27, 64] {
+        for reach in [1, ops::ATTN_SHORT] {
+            let call = run_of(0, length - m, m);
+            let out = sequences.run_within(reach, &stream, &table, &mut scratch, &call);
+            for (place, out) in call.iter().zip(&out) {
+                let what = format!("m {m} token {place:?} beyond {reach}");
+                assert_close(&what, &to_f32(out), &sequences.want(*place), DECODE_TOLERANCE);
+            }
+        }
+    }
+}
+
 /// Positions and slots beyond the cache, as only damaged device memory has them, must not leave it.
 #[test]
 fn attn_decode_clamps_its_tokens() {
