@@ -24,8 +24,10 @@
 // Watchdog  A block that has polled `patience` times writes what it waited for to *fault and traps: an error, not a hang.
 //
 // Floor     0.843 ms a token: 3963 MB at the 4.70 TB/s an H200 reads at best; 0.875 with a head of f16.
-// Now       ms, H200, between two events, with a packed head: 1 token at 128, 1024, 2047 0.934, 0.930, 0.930 on a card that is slow with
-//           one token, where others have had 0.910, 0.913, 0.931; 8 texts at 128, 1024 0.992, 1.053; 8 tokens of one text 0.990, 1.029.
+// Now       ms, H200, between two events, with a packed head: 1 token at 128, 1024, 2047 0.905, 0.907, 0.919, on a card that is slow with
+//           one token 0.934, 0.930, 0.930; 8 texts at 128, 1024 0.968, 1.033; 8 tokens of one text 0.971, 1.003.
+//           ncu, of a step of one token in a text: 3.96 GB from DRAM in 907 us, 4.37 TB/s, 90.8 % of its peak (dram__throughput, elapsed);
+//           4.28 GB from L2; multiprocessors at 1.78 GHz.
 // Bound     A layer of one token is 25.5 us: 21.6 strips of 1.09 at the ceiling, and what is left of the chain from the arrival of the last
 //           strip of the slowest block to the first strip of the next layer, once the ring's 5 strips have arrived beside it. That chain
 //           was 9.3 us before the producer's change: multiply 0.5, add and send 0.3, atomics and poll 2.7, norm 1.7 to 2.9.

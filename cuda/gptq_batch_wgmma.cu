@@ -117,6 +117,14 @@
 //          scaled as in layernorm.cu's what-if, with moments in fixed point: 1.162 for 1.143, 1.461 for 1.313, 2.185 for 1.770 (1.252 for
 //          1.134 with moments at one address). Few blocks then read what all do in the norm, and those of [qkv ; up] begin later, with
 //          rings that are empty when their inputs are there.
+//          Loops of 32 tokens that issue less take longer. [down | dense] behind itself, plain weights, 17.2 us in bursts and 20.2 busy (to
+//          0.3 %) with 54.7 instructions a unit; by how many per cent more: tests for the end of two units at a time, 52.7, 2.2 and 2.4;
+//          before units 1, 3 and 5 alone, 53.1, 0; scales multiplied beforehand, 52.1, 1.8 and 1.4; that and two units, 50.5, 3.2 and 2.5;
+//          codes loaded a unit earlier, 54.1, 2.1 and 1.6; a wait behind two k16 steps, 57.2, 1.4 and 1.1, behind each, 62.5, 3.2 in bursts;
+//          groups of warps that take turns by barriers, 56.8, 3.2 and 2, or begin 50 to 200 cycles apart, 0.5 and 0. What the better ones
+//          share is masks of the next unit between the first product and the second. By ncu's samples a fifth of the loop is waits for
+//          weights (plain ones, a launch alone), and schedulers issue in less than half of a launch's cycles. Sums of bytes with one product
+//          of 64 columns: 72.4, 5.7 and 0.5; with steps 93.7, 29 and 20, as product, wait and scaling are one chain.
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next
