@@ -1,7 +1,7 @@
 //! Compiles `cuda/*.cu` with nvcc and turns `cuda/kernels.h` and `cuda/probes.h` into Rust. Without the feature `cuda` it does nothing.
 //!
 //! - nvcc is `$NVCC`, or in `$CUDA_HOME/bin`, on the PATH, or where `make cuda` puts it (`.cuda/`).
-//! - Each `.cu` is an object of its own and is compiled again only when it, a header or the flags changed.
+//! - Each `.cu` is an object of its own and is compiled again only when it, a header that it includes or the flags changed.
 //! - `PEREGRINE_CUDA_ARCH` (for example `90a` or `80,90a`) overrides the targets sm_80 and sm_90a.
 //! - What ptxas says of registers and spills lies in `$OUT_DIR/<op>.ptxas.txt`.
 //! - `cfg(peregrine_sm90)` is set when there is machine code for sm_90: only that has programmatic dependent launch, not the
@@ -42,6 +42,7 @@ fn name_commit() {
 
 #[cfg(feature = "cuda")]
 mod cuda {
+    use std::collections::BTreeMap;
     use std::collections::hash_map::DefaultHasher;
     use std::env;
     use std::fs;
@@ -133,35 +134,31 @@ mod cuda {
                 .collect();
         flags.extend(targets()?);
 
-        let mut headers = DefaultHasher::new();
-        let mut sources = Vec::new();
-        let mut entries: Vec<PathBuf> = fs::read_dir(root.join("cuda"))
+        let mut sources: Vec<PathBuf> = fs::read_dir(root.join("cuda"))
             .and_then(|dir| dir.map(|entry| entry.map(|e| e.path())).collect())
             .map_err(|e| format!("cuda/: {e}"))?;
-        entries.sort();
-        for path in entries {
-            match path.extension().and_then(|e| e.to_str()) {
-                Some("cu") => sources.push(path),
-                Some("h" | "cuh") => read(&path)?.hash(&mut headers),
-                _ => {}
-            }
-        }
-        let common = (headers.finish(), &flags, nvcc.to_path_buf());
+        sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+        sources.sort();
+        let common = (&flags, nvcc.to_path_buf());
 
         let mut stale = Vec::new();
         let mut objects = Vec::new();
         for source in sources {
             let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let files = with_headers(&source)?;
             let mut hash = DefaultHasher::new();
-            (&common, read(&source)?).hash(&mut hash);
+            (&common, &files).hash(&mut hash);
             let stamp = format!("{:016x}", hash.finish());
             let object = out.join(format!("{name}.o"));
             let stamp_file = out.join(format!("{name}.stamp"));
             if !object.is_file() || fs::read_to_string(&stamp_file).unwrap_or_default() != stamp {
-                stale.push((source, name, object.clone(), stamp_file, stamp));
+                let bytes: usize = files.values().map(Vec::len).sum();
+                stale.push((bytes, source, name, object.clone(), stamp_file, stamp));
             }
             objects.push(object);
         }
+        // Taken from the end: what takes long is begun first.
+        stale.sort();
         let jobs = env::var("NUM_JOBS").ok().and_then(|j| j.parse().ok()).unwrap_or(1usize).max(1);
         let queue = std::sync::Mutex::new(stale);
         std::thread::scope(|scope| {
@@ -170,7 +167,9 @@ mod cuda {
                     scope.spawn(|| -> Result<()> {
                         loop {
                             let job = queue.lock().map_err(|e| e.to_string())?.pop();
-                            let Some((source, name, object, stamp_file, stamp)) = job else { return Ok(()) };
+                            let Some((_, source, name, object, stamp_file, stamp)) = job else {
+                                return Ok(());
+                            };
                             compile_one(
                                 nvcc,
                                 &flags,
@@ -188,6 +187,23 @@ mod cuda {
                 .try_for_each(|w| w.join().map_err(|_| "a compile thread panicked".to_string())?)
         })?;
         Ok(objects)
+    }
+
+    /// A source and the headers of ours that it includes, by way of others too: what its object is made of.
+    fn with_headers(source: &Path) -> Result<BTreeMap<PathBuf, Vec<u8>>> {
+        let mut files = BTreeMap::new();
+        let mut wanted = vec![source.to_path_buf()];
+        while let Some(path) = wanted.pop() {
+            if files.contains_key(&path) {
+                continue;
+            }
+            let bytes = read(&path)?;
+            let text = String::from_utf8_lossy(&bytes);
+            let named = text.lines().filter_map(|line| line.trim_start().strip_prefix("#include \""));
+            wanted.extend(named.filter_map(|rest| Some(path.with_file_name(rest.split_once('"')?.0))));
+            files.insert(path, bytes);
+        }
+        Ok(files)
     }
 
     /// `$OUT_DIR/sources.rs`: the text of every file of `cuda/`, and of what ptxas said of it, for `peregrine lab`.
