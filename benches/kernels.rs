@@ -77,7 +77,7 @@ mod cuda {
         let timer = Timer::new(&gpu, &stream)?;
         let mut bench = Bench { gpu: &gpu, stream: &stream, timer, ceilings };
         for (op, _) in calls::OPS.iter().filter(|op| wanted(op.0)) {
-            for call in &mut calls::calls(op, &stream, true)? {
+            for call in &mut calls::own_calls(op, &stream, true)? {
                 call.reset(&stream)?;
                 let times = bench.timer.times(&mut |stream| call.launch(stream))?;
                 bench.row(&call.label(), call.work(), &times);

@@ -22,7 +22,7 @@ fn lab(args: &[&str]) -> (i32, String, String) {
 fn every_call_is_right() {
     let Some((_, stream)) = gpu() else { return };
     for (op, _) in calls::OPS {
-        for call in &mut calls::calls(op, &stream, false).unwrap() {
+        for call in &mut calls::own_calls(op, &stream, false).unwrap() {
             let finding = check::check(call.as_mut(), &stream, &mut |_| Ok(())).unwrap();
             for line in &finding.measured {
                 eprintln!("MEASURED {}: {line}", finding.label);

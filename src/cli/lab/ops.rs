@@ -54,7 +54,7 @@ pub(super) fn check(options: &Options, op: Option<&str>) -> Result<()> {
     let (_, stream) = gpu(options)?;
     let (mut wrong, mut all) = (0, 0);
     for op in ops {
-        for call in &mut calls::calls(op, &stream, false)? {
+        for call in &mut calls::own_calls(op, &stream, false)? {
             let finding = check::check(call.as_mut(), &stream, &mut |_| Ok(()))?;
             // A built-in kernel takes all of these.
             wrong += usize::from(!finding.faults.is_empty() || finding.declined);
@@ -95,7 +95,7 @@ pub(super) fn bench(options: &Options, op: Option<&str>) -> Result<()> {
     let mut saved = Map::new();
     output::print(&format!("{} {:>10}\n", time::heading(), "record"))?;
     for op in ops {
-        for call in &mut calls::calls(op, &stream, true)? {
+        for call in &mut calls::own_calls(op, &stream, true)? {
             call.reset(&stream)?;
             let times = timer.times(&mut |stream| call.launch(stream))?;
             let label = call.label();

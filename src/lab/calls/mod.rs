@@ -86,6 +86,21 @@ pub fn calls(op: &str, stream: &Stream, timing: bool) -> Result<Vec<Box<dyn Call
     Ok(calls)
 }
 
+/// As [`calls`], and those of the built-in kernels whose activations are planes of bytes, on a GPU that takes them: kernels of somebody
+/// else's need not know of these, and the model does without them where there is one.
+///
+/// # Errors
+/// As [`calls`].
+pub fn own_calls(op: &str, stream: &Stream, timing: bool) -> Result<Vec<Box<dyn Call>>> {
+    let mut calls = calls(op, stream, timing)?;
+    match op {
+        "gptq_batch" => product::planes_calls(stream, timing, &mut calls)?,
+        "layernorm" => rows::planes_calls(stream, timing, &mut calls)?,
+        _ => {}
+    }
+    Ok(calls)
+}
+
 /// The first buffer that was written outside.
 macro_rules! trespass {
     ($stream:expr, $($name:literal: $buffer:expr),+) => {{

@@ -1,13 +1,16 @@
 //! Calls of the quantised products: each kind of output the forward pass asks for, and each kind of matrix.
 
-use super::super::kit::{self, Format, G64, NAN16, Quantised, Random, to_f32};
+use super::super::kit::{self, Format, G64, Quantised, Random, to_f32};
 use super::super::{FFN, HIDDEN};
 use super::{Call, F16_TOLERANCE, Output, all, guarded, only, trespass};
 use crate::error::Result;
 use crate::gpu::ops::{self, Activations, BATCH_TOKENS, GEMV_TOKENS, Int4Matrix, MatmulKernel, MatmulOutput};
 use crate::gpu::{DevBuf, Stream};
 use crate::measure::work::Work;
-use crate::reference;
+use crate::{planes, reference};
+
+/// Where nothing was written: no number in f16, and no step of planes, which are two of them.
+const UNSET: u16 = u16::MAX;
 
 /// What becomes of the sums.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -32,6 +35,8 @@ struct Shape {
     split_row: usize,
     /// Values between two tokens of GELU's output.
     gelu_stride: usize,
+    /// Activations, and GELU's output, are planes of bytes.
+    planes: bool,
 }
 
 impl Shape {
@@ -39,18 +44,27 @@ impl Shape {
     fn up(m: usize) -> Shape {
         let split_row = HIDDEN + 128;
         let (n, gelu_stride) = (split_row + FFN, FFN + HIDDEN);
-        Shape { n, k: HIDDEN, m, form: Form::Split, format: G64, split_row, gelu_stride }
+        Shape { n, k: HIDDEN, m, form: Form::Split, format: G64, split_row, gelu_stride, planes: false }
     }
 
     /// `[down | dense]`.
     fn down(m: usize, form: Form) -> Shape {
-        Shape { n: HIDDEN, k: FFN + HIDDEN, m, form, format: G64, split_row: 0, gelu_stride: 0 }
+        Shape {
+            n: HIDDEN,
+            k: FFN + HIDDEN,
+            m,
+            form,
+            format: G64,
+            split_row: 0,
+            gelu_stride: 0,
+            planes: false,
+        }
     }
 
     /// A small one.
     fn small(n: usize, k: usize, m: usize, form: Form, format: Format) -> Shape {
         let split_row = n / 32 * 16;
-        Shape { n, k, m, form, format, split_row, gelu_stride: n - split_row + 64 }
+        Shape { n, k, m, form, format, split_row, gelu_stride: n - split_row + 64, planes: false }
     }
 }
 
@@ -66,6 +80,26 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
     };
     for shape in shapes(kernel, timing) {
         calls.push(Box::new(ProductCall::new(stream, op, kernel, shape)?));
+    }
+    Ok(())
+}
+
+/// Those of `gptq_batch` whose activations are planes, where the GPU takes them.
+pub(super) fn planes_calls(stream: &Stream, timing: bool, calls: &mut Vec<Box<dyn Call>>) -> Result<()> {
+    let pair = |m: usize| [Shape::up(m), Shape::down(m, Form::Partials)];
+    let mut shapes: Vec<Shape> = if timing { pair(16).into() } else { pair(9).into() };
+    if !timing {
+        let split =
+            Shape { split_row: 192, gelu_stride: 320, ..Shape::small(448, 320, 16, Form::Split, G64) };
+        shapes.extend([split, Shape::small(448, 320, 16, Form::Partials, G64)]);
+    }
+    for shape in shapes {
+        let shape = Shape { planes: true, ..shape };
+        let call = ProductCall::new(stream, "gptq_batch", MatmulKernel::Batch, shape)?;
+        if !ops::gptq_batch_planes(stream, &call.w)? {
+            break;
+        }
+        calls.push(Box::new(call));
     }
     Ok(())
 }
@@ -118,6 +152,10 @@ const BATCH_TOLERANCE: f64 = 1.2e-5;
 /// core: each of a row's 22720 / 16 = 1420 adds truncates the sum so far, by 2^-24 of it on average; sums grow like a random walk, so
 /// some 1420 * 2/3 * 2^-24 = 5.6e-5 of the result at most. Measured: 2.6e-5.
 const GEMM_TOLERANCE: f64 = 5.6e-5;
+/// The same by gptq_batch of planes, whose sums of 64 inputs are exact. Measured: 1.4e-7.
+const PLANES_TOLERANCE: f64 = 2e-7;
+/// GELU's output as planes, rounded to steps of the largest of 64 / 32639. Measured: 5.7e-5.
+const GELU_PLANES_TOLERANCE: f64 = 7e-5;
 
 struct ProductCall {
     op: &'static str,
@@ -125,7 +163,7 @@ struct ProductCall {
     shape: Shape,
     slices: usize,
     quantised: Quantised,
-    host_x: Vec<u16>,
+    host_x: Vec<f32>,
     host_residual: Vec<f32>,
     host_bias: Vec<f32>,
     w: Int4Matrix,
@@ -150,19 +188,28 @@ impl ProductCall {
         let (sums, halves) = match form {
             Form::Partials => (slices * m * n, [0, 0]),
             Form::Residual => (m * n, [0, 0]),
+            Form::Split if shape.planes => (0, [m * split_row, planes::len(gelu_stride)]),
             Form::Split => (0, [m * split_row, m * gelu_stride]),
         };
-        let host_x = random.halves(m * k, 1.0);
+        let (x, host_x) = if shape.planes {
+            let x = planes::encode(&random.values(m * k, 1.0), k);
+            let values = planes::decode(&x, k, m);
+            (x, values)
+        } else {
+            let x = random.halves(m * k, 1.0);
+            let values = to_f32(&x);
+            (x, values)
+        };
         let (host_residual, host_bias) = (random.values(m * n, 1.0), random.values(n, 0.5));
         // What a form does not use is one value long.
-        let unset = |len: usize| vec![NAN16; len.max(1)];
+        let unset = |len: usize| vec![UNSET; len.max(1)];
         Ok(ProductCall {
             op,
             kernel,
             shape,
             slices,
             w,
-            x: guarded(stream, "x", &host_x)?,
+            x: guarded(stream, "x", &x)?,
             bias: guarded(stream, "bias", &host_bias)?,
             sums: guarded(stream, "sums", &vec![f32::NAN; sums.max(1)])?,
             out: guarded(stream, "out", &unset(halves[0]))?,
@@ -176,7 +223,7 @@ impl ProductCall {
 
     /// What the reference gives: the product, with the bias where there is one.
     fn product(&self) -> Vec<f32> {
-        let mut y = reference::gptq_matmul(&to_f32(&self.host_x), &self.quantised.tensor());
+        let mut y = reference::gptq_matmul(&self.host_x, &self.quantised.tensor());
         if self.shape.form != Form::Partials {
             y.chunks_mut(self.shape.n).for_each(|row| reference::add(row, &self.host_bias));
         }
@@ -186,6 +233,7 @@ impl ProductCall {
     fn f32_tolerance(&self) -> f64 {
         match self.kernel {
             MatmulKernel::Gemv => GEMV_TOLERANCE,
+            MatmulKernel::Batch if self.shape.planes => PLANES_TOLERANCE,
             MatmulKernel::Batch => BATCH_TOLERANCE,
             MatmulKernel::Gemm => GEMM_TOLERANCE,
         }
@@ -211,8 +259,10 @@ impl ProductCall {
 
     /// The rows as they are, those through GELU, and whether what lies between GELU's rows was left alone (1).
     fn split(&self, stream: &Stream, wanted: bool) -> Result<[Output; 3]> {
-        let Shape { n, split_row, gelu_stride, .. } = self.shape;
+        let Shape { n, m, split_row, gelu_stride, planes, .. } = self.shape;
         let (out, wide) = (all(stream, &self.out)?, all(stream, &self.gelu_out)?);
+        // Planes have room for 16 tokens: what is in rows of tokens that are not there is nobody's business.
+        let wide = if planes { planes::decode(&wide, gelu_stride, m) } else { to_f32(&wide) };
         let product = only(wanted, || self.product());
         let rows = |from: usize, to: usize| -> Vec<f32> {
             product.chunks(n).flat_map(|row| row[from..to].to_vec()).collect()
@@ -221,9 +271,10 @@ impl ProductCall {
         reference::gelu(&mut gelu);
         let width = n - split_row;
         let parts = wide.chunks(gelu_stride);
-        let got: Vec<u16> = parts.clone().flat_map(|row| row[..width].to_vec()).collect();
-        let between = parts.flat_map(|row| row[width..].iter().map(|&h| f32::from(u8::from(h == NAN16))));
+        let got: Vec<f32> = parts.clone().flat_map(|row| row[..width].to_vec()).collect();
+        let between = parts.flat_map(|row| row[width..].iter().map(|v| f32::from(u8::from(v.is_nan()))));
         let between: Vec<f32> = between.collect();
+        let tolerance = if planes { GELU_PLANES_TOLERANCE } else { F16_TOLERANCE };
         Ok([
             Output {
                 name: "out",
@@ -232,7 +283,7 @@ impl ProductCall {
                 want: rows(0, split_row),
                 tolerance: F16_TOLERANCE,
             },
-            Output { name: "gelu_out", row: width, got: to_f32(&got), want: gelu, tolerance: F16_TOLERANCE },
+            Output { name: "gelu_out", row: width, got, want: gelu, tolerance },
             Output {
                 name: "untouched between the rows of gelu_out",
                 row: gelu_stride - width,
@@ -246,7 +297,8 @@ impl ProductCall {
 
 impl Call for ProductCall {
     fn label(&self) -> String {
-        let Shape { n, k, m, form, format, .. } = self.shape;
+        let Shape { n, k, m, form, format, planes, .. } = self.shape;
+        let planes = if planes { ", planes" } else { "" };
         let form = match form {
             Form::Partials => format!("{} slices", self.slices),
             Form::Residual => "residual".to_owned(),
@@ -257,7 +309,7 @@ impl Call for ProductCall {
             Format { group_size: 32, .. } => ", groups of 32",
             _ => "",
         };
-        format!("{} [{n}, {k}] m {m}, {form}{format}", self.op)
+        format!("{} [{n}, {k}] m {m}, {form}{format}{planes}", self.op)
     }
 
     fn reset(&mut self, stream: &Stream) -> Result<()> {
@@ -265,14 +317,14 @@ impl Call for ProductCall {
             Form::Partials => self.sums.upload(stream, 0, &vec![f32::NAN; self.sums.len()]),
             Form::Residual => self.sums.upload(stream, 0, &self.host_residual),
             Form::Split => {
-                self.out.upload(stream, 0, &vec![NAN16; self.out.len()])?;
-                self.gelu_out.upload(stream, 0, &vec![NAN16; self.gelu_out.len()])
+                self.out.upload(stream, 0, &vec![UNSET; self.out.len()])?;
+                self.gelu_out.upload(stream, 0, &vec![UNSET; self.gelu_out.len()])
             }
         }
     }
 
     fn launch(&mut self, stream: &Stream) -> Result<()> {
-        let Shape { n, k, m, form, split_row, gelu_stride, .. } = self.shape;
+        let Shape { n, k, m, form, split_row, gelu_stride, planes, .. } = self.shape;
         let bias = Some(&self.bias);
         let output = match form {
             Form::Partials => MatmulOutput::Partials(&mut self.sums),
@@ -284,14 +336,14 @@ impl Call for ProductCall {
                     gelu_out,
                     gelu_stride,
                     split_row,
-                    planes: false,
+                    planes,
                     bias,
                     announced: None,
                     next: None,
                 }
             }
         };
-        let a = Activations { x: &self.x, stride: k, tokens: m, planes: false, attention: None };
+        let a = Activations { x: &self.x, stride: k, tokens: m, planes, attention: None };
         ops::gptq_matmul(stream, self.kernel, &self.w, 0..n, a, self.slices, output)
     }
 
@@ -315,7 +367,7 @@ impl Call for ProductCall {
             Form::Residual => m * n * 8,
             Form::Split => m * n * 2,
         };
-        let moved = self.w.units.len() + m * k * 2 + out;
+        let moved = self.w.units.len() + self.x.len() * 2 + out;
         Work { bytes: moved as f64, flop: 2.0 * (m * n) as f64 * k as f64 }
     }
 }

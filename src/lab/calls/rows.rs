@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::gpu::ops::{self, Norm, PendingSum, StepTokens, Table};
 use crate::gpu::{DevBuf, Stream};
 use crate::measure::work::Work;
-use crate::reference;
+use crate::{planes, reference};
 
 /// More for 16 inputs of head's sums of more than 8 tokens, of which a row is one chain of Hopper's tensor core: its f32 adds truncate, by
 /// 2/3 * 2^-24 of the result at most, as gptq_batch's. Measured, with what is F32_TOLERANCE's: 4.1e-7 over 320 inputs, 5.2e-6 over 4544.
@@ -41,7 +41,7 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
                 (HIDDEN, 2048, 0),
             ];
             for &(hidden, m, slices) in if timing { times } else { checks } {
-                calls.push(Box::new(LayernormCall::new(stream, hidden, m, slices)?));
+                calls.push(Box::new(LayernormCall::new(stream, hidden, m, slices, false)?));
             }
         }
         "permute" => {
@@ -96,10 +96,27 @@ pub(super) fn calls(op: &str, stream: &Stream, timing: bool, calls: &mut Vec<Box
     Ok(())
 }
 
+/// Those of `layernorm` that writes planes, where the GPU takes them.
+pub(super) fn planes_calls(stream: &Stream, timing: bool, calls: &mut Vec<Box<dyn Call>>) -> Result<()> {
+    let quantised = kit::Quantised::new(&mut Random::new(1), 64, 64, kit::G64);
+    if !ops::gptq_batch_planes(stream, &kit::repack(stream, 64, 64, &[(&quantised, 0, 0)])?)? {
+        return Ok(());
+    }
+    let checks: &[_] = &[(64, 9, 0), (320, 16, 3), (HIDDEN, 9, 0), (HIDDEN, 16, 5)];
+    for &(hidden, m, slices) in if timing { &[(HIDDEN, 16, 5)] } else { checks } {
+        calls.push(Box::new(LayernormCall::new(stream, hidden, m, slices, true)?));
+    }
+    Ok(())
+}
+
+/// Rounding to planes: to steps of the largest of 64 / 32639. Measured: 3.2e-5.
+const PLANES_TOLERANCE: f64 = 5e-5;
+
 struct LayernormCall {
     hidden: usize,
     m: usize,
     slices: usize,
+    planes: bool,
     norm: Norm,
     host: [Vec<f32>; 5],
     x: DevBuf<f32>,
@@ -109,15 +126,17 @@ struct LayernormCall {
 }
 
 impl LayernormCall {
-    fn new(stream: &Stream, hidden: usize, m: usize, slices: usize) -> Result<LayernormCall> {
+    fn new(stream: &Stream, hidden: usize, m: usize, slices: usize, planes: bool) -> Result<LayernormCall> {
         let mut random = Random::new((hidden * 31 + m * 7 + slices) as u64);
         let (weight, bias) = (random.values(hidden, 1.0), random.values(hidden, 0.5));
         let (x, partials) = (random.values(m * hidden, 3.0), random.values(slices * m * hidden, 1.0));
         let sum_bias = random.values(hidden, 1.0);
+        let out = if planes { planes::len(hidden) } else { m * hidden };
         Ok(LayernormCall {
             hidden,
             m,
             slices,
+            planes,
             norm: Norm {
                 weight: guarded(stream, "weight", &weight)?,
                 bias: guarded(stream, "bias", &bias)?,
@@ -126,7 +145,7 @@ impl LayernormCall {
             x: guarded(stream, "x", &x)?,
             partials: guarded(stream, "partials", &partials)?,
             sum_bias: guarded(stream, "partials_bias", &sum_bias)?,
-            out: guarded(stream, "out", &vec![NAN16; m * hidden])?,
+            out: guarded(stream, "out", &vec![u16::MAX; out])?,
             host: [weight, bias, x, partials, sum_bias],
         })
     }
@@ -134,18 +153,20 @@ impl LayernormCall {
 
 impl Call for LayernormCall {
     fn label(&self) -> String {
-        format!("layernorm [{}, {}], {} slices", self.m, self.hidden, self.slices)
+        let planes = if self.planes { ", planes" } else { "" };
+        format!("layernorm [{}, {}], {} slices{planes}", self.m, self.hidden, self.slices)
     }
 
     fn reset(&mut self, stream: &Stream) -> Result<()> {
         self.x.upload(stream, 0, &self.host[2])?;
-        self.out.upload(stream, 0, &vec![NAN16; self.m * self.hidden])
+        // No number, and no step of planes either.
+        self.out.upload(stream, 0, &vec![u16::MAX; self.out.len()])
     }
 
     fn launch(&mut self, stream: &Stream) -> Result<()> {
         let sum = PendingSum { partials: &self.partials, slices: self.slices, bias: Some(&self.sum_bias) };
         let pending = (self.slices > 0).then_some(sum);
-        ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out, false)
+        ops::layernorm(stream, &self.norm, &mut self.x, pending, self.m, &mut self.out, self.planes)
     }
 
     fn outputs(&self, stream: &Stream, wanted: bool) -> Result<Vec<Output>> {
@@ -158,10 +179,15 @@ impl Call for LayernormCall {
             x.chunks_mut(self.hidden).for_each(|row| reference::add(row, sum_bias));
         }
         let want = only(wanted, || reference::layernorm(&x, weight, bias, 1e-5));
-        let (new_x, out) = (all(stream, &self.x)?, to_f32(&all(stream, &self.out)?));
+        let (new_x, out) = (all(stream, &self.x)?, all(stream, &self.out)?);
+        let (out, tolerance) = if self.planes {
+            (planes::decode(&out, self.hidden, self.m), PLANES_TOLERANCE)
+        } else {
+            (to_f32(&out), F16_TOLERANCE)
+        };
         Ok(vec![
             Output { name: "x", row: self.hidden, got: new_x, want: x, tolerance: 0.0 },
-            Output { name: "out", row: self.hidden, got: out, want, tolerance: F16_TOLERANCE },
+            Output { name: "out", row: self.hidden, got: out, want, tolerance },
         ])
     }
 
