@@ -6,7 +6,8 @@
 //
 // 16-byte chunk c of token m lies at c ^ m / 2 % 4: the copy engine's 64-byte swizzle, by which wgmma reads without bank conflicts. Of a
 // chunk's 16 inputs, byte 4 q + j is input {2q, 2q + 8, 2q + 1, 2q + 9}[j]: in this order a word of a unit has its codes (units.cuh), so
-// that masks alone make bytes of them.
+// that masks alone make bytes of them. There is room for 16 tokens, however many there are: in rows of the others gptq_batch leaves what
+// comes out of theirs, and nobody uses it.
 //
 // Numbers  the largest of the 64 is LARGEST steps. So a value is off by 2^-16 of that, where f16 is off by 2^-12 of the value.
 //          What is not finite makes the step so. (gptq_gemv and decode_step make two bytes of f16 where they read them, by arithmetic of
