@@ -262,7 +262,8 @@ impl ProductCall {
         let Shape { n, m, split_row, gelu_stride, planes, .. } = self.shape;
         let (out, wide) = (all(stream, &self.out)?, all(stream, &self.gelu_out)?);
         // Planes have room for 16 tokens: what is in rows of tokens that are not there is nobody's business.
-        let wide = if planes { planes::decode(&wide, gelu_stride, m) } else { to_f32(&wide) };
+        let values = if planes { planes::decode(&wide, gelu_stride, m) } else { to_f32(&wide) };
+        let untouched = |i: usize| if planes { values[i].is_nan() } else { wide[i] == UNSET };
         let product = only(wanted, || self.product());
         let rows = |from: usize, to: usize| -> Vec<f32> {
             product.chunks(n).flat_map(|row| row[from..to].to_vec()).collect()
@@ -270,10 +271,9 @@ impl ProductCall {
         let mut gelu = rows(split_row, n);
         reference::gelu(&mut gelu);
         let width = n - split_row;
-        let parts = wide.chunks(gelu_stride);
-        let got: Vec<f32> = parts.clone().flat_map(|row| row[..width].to_vec()).collect();
-        let between = parts.flat_map(|row| row[width..].iter().map(|v| f32::from(u8::from(v.is_nan()))));
-        let between: Vec<f32> = between.collect();
+        let got: Vec<f32> = values.chunks(gelu_stride).flat_map(|row| row[..width].to_vec()).collect();
+        let between = (0..values.len()).filter(|i| i % gelu_stride >= width);
+        let between: Vec<f32> = between.map(|i| f32::from(u8::from(untouched(i)))).collect();
         let tolerance = if planes { GELU_PLANES_TOLERANCE } else { F16_TOLERANCE };
         Ok([
             Output {
