@@ -210,7 +210,11 @@ pub fn attn_prefill(
 ) -> Result<()> {
     let op = "attn_prefill";
     if output.planes {
-        return Err(Error::Cuda { op: op.into(), what: "it writes no planes".into() });
+        return Err(Error::Cuda {
+            op: op.into(),
+            what: "planes of bytes are wanted of it, it writes rows of f16: attn_decode alone writes planes"
+                .into(),
+        });
     }
     qkv.require(op, tokens.count * (heads + 2) * HEAD_DIM)?;
     cache.require(op)?;

@@ -237,7 +237,10 @@ pub fn gptq_matmul(
         claims: if by_copy { w.claims(stream) } else { ffi::SideClaims::default() },
     };
     if (a.planes || params.y.planes != 0) && kernel != MatmulKernel::Batch {
-        return Err(Error::Cuda { op: op.into(), what: "it knows nothing of planes".into() });
+        return Err(Error::Cuda {
+            op: op.into(),
+            what: "got planes of bytes, wanted rows of f16: gptq_batch alone takes planes".into(),
+        });
     }
     match kernel {
         MatmulKernel::Gemv => call!(gptq_gemv, stream, params),
