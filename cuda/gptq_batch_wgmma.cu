@@ -124,8 +124,8 @@
 //          groups of warps that take turns by barriers, 56.8, 3.2 and 2, or begin 50 to 200 cycles apart, 0.5 and 0. What the better ones
 //          share is masks of the next unit between the first product and the second. By ncu's samples a fifth of the loop is waits for
 //          weights (plain ones, a launch alone), and schedulers issue in less than half of a launch's cycles. Sums of bytes with one product
-//          of 64 columns: 72.4, 5.7 and 0.5; with steps 93.7, 29 and 20, as product, wait and scaling are one chain. (None of it in steps,
-//          which one of batch_planes.cuh's contradicted.)
+//          of 64 columns: 72.4, 5.7 and 0.5; with steps 93.7, 29 and 20, as product, wait and scaling are one chain. (All of it
+//          there alone: what gained there with 16 tokens lost in steps, see batch_planes.cuh.)
 //          Pairs, us. At 8, 16, 32 tokens, where stages of six took 31.7, 33.4, 37.4: of eight units 32.0, 33.5 (8 and 16 tokens); two
 //          stages of activations and one of weights in flight 38.1, 40.8, 42.1; barriers of the next stage asked a unit or two before 31.9,
 //          33.5, 37.9, and with that: three in flight 33.4, 34.2, 37.9; a word that each block counts up behind its stores and the next
